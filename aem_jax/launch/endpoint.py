@@ -23,6 +23,7 @@ from aem_jax.gateway.session import Limits
 from aem_jax.launch import frozen_weights
 from aem_jax.learner import abstract_state
 from aem_jax.models import Params, Policy, from_pretrained
+from aem_jax.models.pretrained import read_config, resolve
 from aem_jax.rollout import Rollout, RolloutConfig, check_cache_memory
 from aem_jax.sampler import Sampler, SamplingConfig
 from aem_jax.sampler.reshard import make_reshard
@@ -62,11 +63,11 @@ class EndpointConfig:
     lenient: bool = False
     """Whether requests that ask for other sampling are answered as sampling says, instead of refused."""
     dtype: str = "bfloat16"
-    """Of weights and cache: bfloat16 or float32."""
+    """Of weights and cache: bfloat16 or float32. A run has its own."""
     seed: int = 0
     """Seed of the samples. Conversation i samples with fold i of its key."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    """chat_template and thinking."""
+    """chat_template and thinking. A run has its own."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """The distribution of all responses."""
     rollout: RolloutConfig = field(default_factory=_rollout)
@@ -160,25 +161,34 @@ def serve_policy(model: str | Path, config: EndpointConfig = EndpointConfig()) -
 
 def _load(path: Path, name: str, config: EndpointConfig, mesh: Mesh) -> tuple[Policy, Params, ChatTokenizer]:
     """The policy of a model or of a run, its parameters to sample with, and its tokenizer."""
-    template = {"own": None, "chatml": CHATML}[config.tokenizer.chat_template]
     if (path / inputs.FILE).is_file():  # a model has a config.json, too
-        policy, params, chat = _trained(path, mesh)
+        policy, params, chat = _trained(path, config, mesh)
     else:
-        model = from_pretrained(name, mesh=mesh, dtype=config.dtype)
-        thinking = config.tokenizer.thinking
-        chat = ChatTokenizer.from_pretrained(
-            model.source or name, chat_template=template, appends=False, thinking=thinking
-        )
+        source, thinking = resolve(name), config.tokenizer.thinking
+        template = {"own": None, "chatml": CHATML}[config.tokenizer.chat_template]
+        chat = ChatTokenizer.from_pretrained(source, chat_template=template, appends=False, thinking=thinking)
+        sizes = read_config(source, config.dtype)
+        if chat.vocab_size > sizes.vocab_size:  # ids beyond the embedding would be read as its last row
+            raise ValueError(
+                f"{name}: expected a vocabulary of at least {chat.vocab_size} (the tokenizer's), got "
+                f"{sizes.vocab_size}; are tokenizer and weights of one model?"
+            )
+        model = from_pretrained(source, mesh=mesh, dtype=config.dtype)
         policy, params = model.policy, model.params
     return policy, make_reshard(policy, mesh, int8=config.sampling.weights == "int8")(params), chat
 
 
-def _trained(folder: Path, mesh: Mesh) -> tuple[Policy, Params, ChatTokenizer]:
+def _trained(folder: Path, served: EndpointConfig, mesh: Mesh) -> tuple[Policy, Params, ChatTokenizer]:
     """The latest checkpoint of a run.
 
     Raises:
-        ValueError: the run has none.
+        ValueError: the run has none, or settings say otherwise what is the run's own.
     """
+    if served.dtype != EndpointConfig.dtype or served.tokenizer != TokenizerConfig():
+        raise ValueError(
+            f"expected a run with its own dtype and tokenizer, got --dtype {served.dtype} and {served.tokenizer} for "
+            f"{folder}; leave --dtype and --tokenizer.* out, or export the run and serve the export"
+        )
     config = replace(saved.load(folder), name=folder.name, runs_dir=str(folder.parent))
     chat = ChatTokenizer.from_pretrained(folder / inputs.TOKENIZER, appends=False, thinking=config.tokenizer.thinking)
     policy = components.make_policy(config, chat.vocab_size, saved.model_files(config, folder))

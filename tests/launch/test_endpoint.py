@@ -6,12 +6,13 @@ import jax
 import numpy as np
 import pytest
 
+from aem_jax.config import inputs
 from aem_jax.launch import endpoint
 from aem_jax.launch.endpoint import EndpointConfig, serve_policy
 from aem_jax.models import ModelConfig, Policy, save_pretrained
 from aem_jax.rollout import RolloutConfig
 from aem_jax.sampler import Sampler, SamplingConfig
-from aem_jax.tokenizer import ChatTokenizer
+from aem_jax.tokenizer import ChatTokenizer, TokenizerConfig
 from tests.gateway import agents
 
 ROLLOUT = RolloutConfig(
@@ -43,3 +44,22 @@ def test_a_model_answers_with_the_weights_that_sampling_says(weights, tmp_path: 
     logprobs = [token["logprob"] for token in answer["choices"][0]["logprobs"]["content"]]
     assert 1 <= len(logprobs) <= 4 and np.isfinite(logprobs).all()
     assert [policy.int8 for policy in policies] == [weights == "int8"]
+
+
+def test_a_tokenizer_beyond_the_embedding_is_refused(tmp_path: Path):
+    chat = ChatTokenizer.train(["a cup is on the shelf"] * 4, vocab_size=300)
+    chat.save_pretrained(tmp_path / "tokenizer")
+    config = ModelConfig(chat.vocab_size - 1, 32, 64, 1, 2, 2, 16, tied_head=True)
+    params = Policy(config).init(jax.random.key(0))
+    save_pretrained(tmp_path / "model", config, params, source=tmp_path / "tokenizer")
+    with pytest.raises(ValueError, match=f"at least {chat.vocab_size} .the tokenizer's., got {chat.vocab_size - 1}; "):
+        serve_policy(tmp_path / "model", EndpointConfig(port=0, dtype="float32", rollout=ROLLOUT))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"dtype": "float32"}, {"tokenizer": TokenizerConfig(thinking=False)}], ids=["dtype", "tokenizer"]
+)
+def test_settings_that_a_run_has_itself_are_refused(settings, tmp_path: Path):
+    (tmp_path / inputs.FILE).write_text("{}")
+    with pytest.raises(ValueError, match="leave --dtype and --tokenizer.* out, or export the run"):
+        serve_policy(tmp_path, EndpointConfig(port=0, rollout=ROLLOUT, **settings))
