@@ -108,6 +108,10 @@ def test_a_model_is_trimmed_to_its_environment(original: Path, tmp_path: Path, c
     of = [json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"] for folder in (model, out)]
     left = sorted(of[1], key=of[1].__getitem__)
     logits = [np.asarray(one.logits(tokens)) for one, tokens in zip((before, after), ids, strict=True)]
-    np.testing.assert_array_equal(
-        logits[1][..., [of[1][w] for w in left]], logits[0][..., [of[0][word] for word in left]]
-    )
+    rows = [[vocabulary[word] for word in left] for vocabulary in of]
+    for name in ("embed", "head") if "head" in after.params["base"] else ("embed",):
+        was, now = (np.asarray(one.params["base"][name]) for one in (before, after))
+        axis = now.shape.index(after.config.vocab_size)
+        np.testing.assert_array_equal(now.take(rows[1], axis), was.take(rows[0], axis))
+    # The same products; their rounding depends on the number of rows, in which XLA divides them.
+    np.testing.assert_allclose(logits[1][..., rows[1]], logits[0][..., rows[0]], rtol=0, atol=2e-6)
