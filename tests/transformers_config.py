@@ -26,6 +26,7 @@ def in_transformers(theirs: dict[str, Any]) -> dict[str, Any]:
         assert config.attn_logit_softcapping is config.final_logit_softcapping is None
         assert not config.use_bidirectional_attention
     assert rope.get("partial_rotary_factor", 1) == 1
+    assert getattr(config, "is_causal", True)  # null means bidirectional, too
     types = getattr(config, "layer_types", None) or ["full_attention"] * layers
     if kind in ("mistral", "qwen3_moe", "mixtral"):  # their decoders do not read the types
         types = ["full_attention" if config.sliding_window is None else "sliding_attention"] * layers

@@ -30,6 +30,9 @@ from aem_jax.models.rotary import Rope
 SAVED_DTYPES = ("bfloat16", "float32", "float16")
 """Dtypes of saved weights."""
 
+TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
+"""Fields of a config.json with ids of the tokenizer."""
+
 
 class Family(NamedTuple):
     """The differences between families.
@@ -201,6 +204,7 @@ _ONE_FORM: Mapping[str, Sequence[Any]] = {
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),
     "use_bidirectional_attention": (False, None),
+    "is_causal": (True,),
     "partial_rotary_factor": (1.0, 1, None),
     "quantization_config": (None,),
     "per_layer_config": (None,),
@@ -264,12 +268,14 @@ def config_from_hf(theirs: Mapping[str, Any], dtype: DTypeLike = "bfloat16") -> 
     )
 
 
-def config_to_hf(config: ModelConfig, dtype: DTypeLike) -> dict[str, Any]:
+def config_to_hf(config: ModelConfig, dtype: DTypeLike, token_ids: Mapping[str, int] = {}) -> dict[str, Any]:
     """A `config.json` that transformers reads as the same model.
 
     Args:
         config: config of the model.
         dtype: dtype of the saved weights.
+        token_ids: ids of the tokenizer's `TOKENS`. Those that are missing are written as null: transformers has ids of
+            its own for a file without them, which may lie beyond the vocabulary (SmolLM3's padding).
 
     Raises:
         ValueError: no family combines these options.
@@ -277,12 +283,14 @@ def config_to_hf(config: ModelConfig, dtype: DTypeLike) -> dict[str, Any]:
     families = [family for family in FAMILIES if _options(family) == _options(config) and _can_express(family, config)]
     family = next((row for row in families if row.architecture == config.architecture), (*families, None)[0])
     if family is None:
-        layers = {name: getattr(config, name) for name in ("sliding_windows", "unrotated_layers", "score_dim")}
+        names = ("sliding_windows", "unrotated_layers", "score_dim", "rope_scaling")
+        layers = {name: getattr(config, name) for name in names}
         raise ValueError(f"expected the options of a family ({_names()}), got {_options(config) | layers}")
     rope = rope_to_hf(Rope(config.rope_theta, config.rope_scaling))
     written = {"rope_theta": config.rope_theta, "rope_parameters": rope}
     if family.sliding_rope:
         sliding = rope_to_hf(Rope(config.sliding_rope_theta or config.rope_theta))
+        rope.pop("truncate", None)  # transformers reads it outside of such an object alone; `_can_express` needs True
         written = {"rope_parameters": {"full_attention": rope, "sliding_attention": sliding}}
     return {
         "architectures": [family.architecture],
@@ -297,6 +305,7 @@ def config_to_hf(config: ModelConfig, dtype: DTypeLike) -> dict[str, Any]:
         **({"query_pre_attn_scalar": config.score_dim or config.head_dim} if family.score_dim else {}),
         "tie_word_embeddings": config.tied_head,
         **(mixture_to_hf(config.mixture, config.intermediate_size) if config.mixture else {}),
+        **{name: token_ids.get(name) for name in TOKENS},
         "dtype": dtype_name(dtype, SAVED_DTYPES),
     }
 
@@ -313,6 +322,7 @@ def _can_express(family: Family, config: ModelConfig) -> bool:
         and (family.score_dim or config.score_dim is None)
         and (len(ropes) == 1 or family.sliding_rope)
         and (not family.sliding_rope or not any(windows) or sliding in ropes)
+        and (not family.sliding_rope or getattr(config.rope_scaling, "truncate", True))
     )
 
 

@@ -9,7 +9,7 @@ from aem_jax.models.parameters import ExpertNames, Mixture
 
 _SPARSE: Mapping[ExpertNames, Mapping[str, Sequence[Any]]] = {
     "qwen": {"mlp_only_layers": ([], None), "decoder_sparse_step": (1,)},
-    "mixtral": {"router_jitter_noise": (0.0, 0)},
+    "mixtral": {"router_jitter_noise": (0.0,)},
 }
 """Names of the experts' tensors -> fields that are supported in one form only, and their accepted values."""
 

@@ -69,8 +69,8 @@ def _rope(rope: Mapping[str, Any], source: str, max_positions: int, outside: Map
     if not isinstance(kind, str) or kind not in _SCALINGS:
         raise ValueError(f"expected {source}.rope_type {' or '.join(map(repr, _SCALINGS))}, got {brief(kind)}")
     known = ["rope_type", "type", "rope_theta", "partial_rotary_factor", *_SCALINGS[kind]]
-    if outside is None and "truncate" in known:
-        known.remove("truncate")  # transformers reads it outside the object alone
+    if outside is None:
+        one_of(rope, "truncate", (True,))  # transformers reads it outside the object alone
     if unknown := [name for name in rope if name not in known]:
         raise ValueError(
             f"expected {source} of rope_type {kind!r} to have {', '.join(known)} alone, got {brief(unknown)}"

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from aem_jax.files import read_json, read_text, write_text
 from aem_jax.gguf_file import is_gguf
 from aem_jax.models.config import ModelConfig, dtype_name
-from aem_jax.models.families import SAVED_DTYPES, config_from_hf, config_to_hf, reads_images
+from aem_jax.models.families import SAVED_DTYPES, TOKENS, config_from_hf, config_to_hf, reads_images
 from aem_jax.models.gguf import config_of
 from aem_jax.models.policy import Params, Policy
 from aem_jax.models.weights import as_in_files, load_params, save_params
@@ -133,7 +133,8 @@ def _config_in(source: Path) -> Any:
 
 
 def config_text(source: Path) -> str:
-    """The text of a model's config.json, with `tie_word_embeddings` corrected to its weights.
+    """The text of a model's config.json, with `tie_word_embeddings` corrected to its weights (some families tie a head
+    without that field).
 
     Raises:
         ValueError: as `read_config`.
@@ -142,7 +143,8 @@ def config_text(source: Path) -> str:
     if is_gguf(source):
         return json.dumps(config_of(source), indent=2) + "\n"
     theirs = read_json(source / CONFIG)
-    if isinstance(theirs, dict) and theirs.get("tie_word_embeddings") is True and not read_config(source).tied_head:
+    in_files = read_config(source)
+    if config_from_hf(theirs).tied_head and not in_files.tied_head:
         return json.dumps(theirs | {"tie_word_embeddings": False}, indent=2) + "\n"
     return read_text(source / CONFIG)
 
@@ -259,11 +261,24 @@ def save_pretrained(
     """
     saved = dtype_name(str(params["base"]["embed"].dtype) if dtype is None else dtype, SAVED_DTYPES)
     with new_folder(Path(folder)) as partial:
-        write_text(partial / CONFIG, json.dumps(config_to_hf(config, saved), indent=2) + "\n")
-        save_params(partial, config, params, dtype=dtype, max_file_bytes=max_file_bytes)
         for name in BESIDE:
             if source and (source / name).exists():
                 shutil.copyfile(source / name, partial / name)
+        token_ids = {name: number for name, number in _token_ids(partial).items() if number < config.vocab_size}
+        write_text(partial / CONFIG, json.dumps(config_to_hf(config, saved, token_ids), indent=2) + "\n")
+        save_params(partial, config, params, dtype=dtype, max_file_bytes=max_file_bytes)
         if not (partial / GENERATION).exists():
             stops = {"eos_token_id": list(stop_ids)} if stop_ids else {}
             write_text(partial / GENERATION, json.dumps({"do_sample": True, "temperature": 1.0, **stops}) + "\n")
+
+
+def _token_ids(folder: Path) -> dict[str, int]:
+    """The ids of a tokenizer's special tokens, as far as its files give them, by the fields of config.json."""
+    try:
+        names, tokenizer = (read_json(folder / name) for name in ("tokenizer_config.json", "tokenizer.json"))
+        ids = {token["content"]: int(token["id"]) for token in tokenizer["added_tokens"]}
+        tokens = {name: names.get(name.removesuffix("_id")) for name in TOKENS}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or one that only others can read
+        return {}
+    content = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
+    return {name: ids[token] for name, token in content.items() if isinstance(token, str) and token in ids}

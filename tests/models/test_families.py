@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import CONFIG_MAPPING
 from transformers_config import in_transformers
 
 from aem_jax.models import LinearScaling, Llama3Scaling, ModelConfig, YarnScaling
@@ -58,6 +59,7 @@ LIKELY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish", "gelu_pytorch_tanh", "gelu", "relu"),
     "tie_word_embeddings": (True, False),
     "attention_bias": (False, True),
+    "is_causal": (True, False, None),
     "mlp_bias": (False, True),
     "use_sliding_window": (False, True),
     "sliding_window": (4096, 8, None),
@@ -219,6 +221,8 @@ def test_variants_of_a_config_mean_what_they_mean_in_transformers(theirs: dict, 
         ({"layer_types": ["full_attention"]}, "expected layer_types to be 'full_attention' for each of 2 layers"),
         ({"hidden_act": "gelu"}, "expected hidden_act to be 'silu' or 'swish' or 'gelu_pytorch_tanh', got 'gelu'"),
         ({"attention_bias": True}, "expected attention_bias = False"),
+        ({"is_causal": False}, "expected is_causal = True, got False"),
+        ({"is_causal": None}, "expected is_causal = True, got None"),
         ({"quantization_config": {"quant_method": "fp8"}}, "expected quantization_config = None, got {'quant_method'"),
         ({"text_config": {"hidden_size": 8}}, "expected text_config = None"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "expected factor to be a number above 0, got no such field"),
@@ -323,6 +327,29 @@ def test_the_text_part_of_a_model_that_reads_images_is_read():
         config_from_hf(both | {"text_config": None})
     with pytest.raises(ValueError, match="expected text_config.model_type 'gemma3_text', got 'llama'"):
         config_from_hf(both | {"text_config": {"model_type": "llama"}})
+
+
+def test_absent_ids_of_special_tokens_are_written_as_null():
+    """transformers' SmolLM3 pads with id 128,004, and cannot load a smaller vocabulary without the field."""
+    small = replace(CONFIGS["smollm3-3b"], vocab_size=300)
+    written = config_to_hf(small, "bfloat16", {"eos_token_id": 7})
+    assert [written[name] for name in ("pad_token_id", "bos_token_id", "eos_token_id")] == [None, None, 7]
+    theirs: Any = CONFIG_MAPPING["smollm3"].from_dict(written)
+    assert (theirs.pad_token_id, theirs.eos_token_id) == (None, 7)
+
+
+def test_truncate_is_not_written_where_transformers_does_not_read_it():
+    scaled = replace(CONFIGS["gemma-3-1b"], rope_scaling=YarnScaling(4.0, 32_768, 1.1))
+    theirs = config_to_hf(scaled, "bfloat16")
+    assert "truncate" not in theirs["rope_parameters"]["full_attention"]
+    assert config_from_hf(theirs) == scaled == ModelConfig(**in_transformers(theirs), dtype="bfloat16")
+    theirs["rope_parameters"]["full_attention"]["truncate"] = True
+    assert config_from_hf(theirs) == scaled
+    with pytest.raises(ValueError, match="expected the options of a family .*truncate=False"):
+        config_to_hf(replace(scaled, rope_scaling=YarnScaling(4.0, 32_768, 1.1, truncate=False)), "bfloat16")
+    theirs["rope_parameters"]["full_attention"]["truncate"] = False
+    with pytest.raises(ValueError, match="expected truncate = True, got False"):
+        config_from_hf(theirs)
 
 
 def test_an_exported_model_keeps_its_family():

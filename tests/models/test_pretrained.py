@@ -21,10 +21,11 @@ from aem_jax.learner import LearnerConfig
 from aem_jax.models import Llama3Scaling, ModelConfig, Policy, from_pretrained, save_pretrained
 from aem_jax.models.config import dtype_name
 from aem_jax.models.families import config_from_hf, config_to_hf
-from aem_jax.models.pretrained import read_config, resolve
+from aem_jax.models.pretrained import config_text, read_config, resolve
 from aem_jax.models.weights import load_params, save_params, tensors
 from aem_jax.sampler import Sampler, SamplingConfig
 from aem_jax.sharding import MeshConfig, make_mesh
+from aem_jax.tokenizer import ChatTokenizer
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 FAMILIES = [
@@ -252,6 +253,30 @@ def test_a_head_of_its_own_is_kept_whatever_the_flag(tmp_path: Path, caplog: pyt
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
     with pytest.raises(ValueError, match="expected a policy with tied_head False for .*, whose lm_head.weight is its"):
         load_params(folder, Policy(replace(model.config, tied_head=True)), mesh=None, dtype="float32")
+
+
+def test_a_head_of_its_own_is_in_the_copied_config_of_a_family_that_ties_by_default(tmp_path: Path):
+    folder = tmp_path / "model"
+    shutil.copytree(GOLDEN / "smollm3", folder)
+    theirs = json.loads((folder / "config.json").read_text())
+    theirs.pop("tie_word_embeddings", None)
+    (folder / "config.json").write_text(json.dumps(theirs))
+    assert json.loads(config_text(folder)) == theirs
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, folder / "model.safetensors")
+    assert json.loads(config_text(folder)) == {**theirs, "tie_word_embeddings": False}
+
+
+def test_the_ids_of_special_tokens_are_the_tokenizers(tmp_path: Path):
+    chat = ChatTokenizer.train(["a cup"] * 4, vocab_size=300)
+    chat.save_pretrained(tmp_path / "tokenizer")
+    model = from_pretrained(GOLDEN / "llama", dtype="float32")
+    for size, known in ((chat.vocab_size, True), (chat.stop_ids[0], False)):
+        params = Policy(config := replace(model.config, vocab_size=size)).init(jax.random.key(0))
+        save_pretrained(tmp_path / f"{size}", config, params, source=tmp_path / "tokenizer")
+        written = json.loads((tmp_path / f"{size}" / "config.json").read_text())
+        ids = [written[f"{name}_token_id"] for name in ("pad", "bos", "eos")]
+        assert ids == ([chat.pad_id, None, *chat.stop_ids] if known else [chat.pad_id, None, None])
 
 
 @pytest.mark.parametrize("only", [False, True])
