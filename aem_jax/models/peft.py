@@ -3,7 +3,8 @@
     lora_A.weight [rank, inputs] = Aᵀ, lora_B.weight [outputs, rank] = Bᵀ, W_eff = W + lora_alpha / r · lora_B lora_A
 
 Each expert of a mixture has matrices of its own, as transformers 4 names its modules; PEFT loads them into the fused
-experts of transformers 5, too.
+experts of transformers 5, too. Gate and up are one matrix there, whose adapter PEFT makes of both and looks for inside
+that of down; so an adapter of one or both is written with zeros for what is missing of the three.
 
 A model that reads images, too (Gemma 3 from 4B), has its decoder in `model.language_model`. PEFT takes an adapter whose
 names do not match for one that it must initialise, and only warns; so the names are those of the whole model, and
@@ -20,7 +21,7 @@ import numpy as np
 from aem_jax.files import write_text
 from aem_jax.models.checkpoint_files import write_tensors
 from aem_jax.models.config import ModelConfig
-from aem_jax.models.lora import Adapter, LoraConfig, targets
+from aem_jax.models.lora import Adapter, LoraConfig, Projection, projections, targets
 from aem_jax.models.pretrained import new_folder
 
 CONFIG = "adapter_config.json"
@@ -63,9 +64,14 @@ def tensors(
 ) -> dict[str, np.ndarray]:
     """PEFT's tensors by their names; the arguments are those of `save_adapter`."""
     rank, matrices = lora.rank, {}
-    for name, projection in targets(config, lora).items():
-        a, b = (np.asarray(adapter[name][side]) for side in ("a", "b"))
-        for stacked in np.ndindex(config.num_layers, *projection.experts):
+    for name, projection in _written(config, lora).items():
+        stack = (config.num_layers, *projection.experts)
+        if name in adapter:
+            a, b = (np.asarray(adapter[name][side]) for side in ("a", "b"))
+        else:
+            a = np.zeros((*stack, *projection.inputs, rank), np.float32)
+            b = np.zeros((*stack, rank, *projection.outputs), np.float32)
+        for stacked in np.ndindex(*stack):
             numbers = dict(zip(("layer", "expert"), stacked, strict=False))
             module = projection.tensor.format(**numbers).removesuffix(".weight")
             if reads_images:
@@ -75,8 +81,15 @@ def tensors(
     return matrices
 
 
+def _written(config: ModelConfig, lora: LoraConfig) -> dict[str, Projection]:
+    """The projections in the files: those with an adapter, and the rest of experts of which gate or up has one."""
+    chosen = targets(config, lora)
+    extra = ("gate_proj", "up_proj", "down_proj") if config.mixture and {"gate_proj", "up_proj"} & set(chosen) else ()
+    return {name: one for name, one in projections(config).items() if name in chosen or name in extra}
+
+
 def _config(config: ModelConfig, lora: LoraConfig, base: str, reads_images: bool) -> dict[str, object]:
-    modules = [projection.tensor.split(".")[-2] for projection in targets(config, lora).values()]
+    modules = [projection.tensor.split(".")[-2] for projection in _written(config, lora).values()]
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -146,17 +146,43 @@ def test_the_adapter_of_a_text_part_has_the_whole_models_names(tmp_path: Path):
     assert not re.fullmatch(chosen, "model.language_model.layers.0.self_attn.k_proj")
 
 
-@pytest.mark.parametrize("config", [BIASED, MOE])
-def test_peft_reads_them(config, tmp_path: Path):
+@pytest.mark.parametrize("chosen", ["gate_proj", "up_proj"])
+def test_an_adapter_of_gate_or_up_of_experts_is_written_with_zeros_for_the_others(chosen, tmp_path: Path):
+    """PEFT fuses the two, wraps them in that of down, and loads nothing else."""
+    others = {"gate_proj", "up_proj", "down_proj"} - {chosen}
+    lora = LoraConfig(3, 6.0, ("q_proj", chosen))
+    save_adapter(tmp_path / "adapter", MOE, lora, adapter_of(Policy(MOE, lora)), base="the/base")
+    pairs = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    of = lambda module: {name: pair for name, pair in pairs.items() if module in name}
+    assert len(of(chosen)) == 2 * MOE.num_layers * 6 and all(pair.any() for pair in of(chosen).values())
+    for other in others:
+        assert set(of(other)) == {name.replace(chosen, other) for name in of(chosen)}
+        assert not any(pair.any() for pair in of(other).values())
+    a, b = (pairs[f"base_model.model.model.layers.0.mlp.experts.0.down_proj.lora_{side}.weight"] for side in "AB")
+    assert (a.shape, b.shape) == ((3, MOE.intermediate_size), (MOE.hidden_size, 3))
+    written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert written["target_modules"] == ["q_proj", "gate_proj", "up_proj", "down_proj"]
+    dense = LoraConfig(3, 6.0, (chosen,))
+    save_adapter(tmp_path / "dense", BIASED, dense, adapter_of(Policy(BIASED, dense)), base="the/base")
+    assert all(chosen in name for name in load_file(tmp_path / "dense" / "adapter_model.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("config", "chosen"),
+    [(config, ("all",)) for config in (BIASED, MOE)]
+    + [(MOE, chosen) for chosen in (("q_proj", "gate_proj"), ("up_proj",), ("down_proj",), ("gate_proj", "up_proj"))],
+)
+def test_peft_reads_them(config, chosen, tmp_path: Path):
     """A live comparison; needs torch, transformers and PEFT."""
     torch = pytest.importorskip("torch")
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
 
-    policy, frozen = Policy(config, LORA), numpy_params(config)
+    lora = LoraConfig(3, 6.0, chosen)
+    policy, frozen = Policy(config, lora), numpy_params(config)
     adapter = adapter_of(policy)
     save_pretrained(tmp_path / "base", config, frozen)
-    save_adapter(tmp_path / "adapter", config, LORA, adapter, base=str(tmp_path / "base"))
+    save_adapter(tmp_path / "adapter", config, lora, adapter, base=str(tmp_path / "base"))
     model = peft.PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(tmp_path / "base"), str(tmp_path / "adapter")
     )
