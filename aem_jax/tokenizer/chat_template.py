@@ -127,6 +127,27 @@ class ChatTemplate:
         turns = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
         return self.render(first + turns)
 
+    def written(self) -> str:
+        """The template's text, and what it writes: it may compose markup from parts (`'<|' + role + '|>'`)."""
+        user, system = {"role": "user", "content": "(task)"}, {"role": "system", "content": "(rules)"}
+        function = {"name": "look", "description": "(looks)", "parameters": {"type": "object", "properties": {}}}
+        call = {"id": "call00001", "type": "function", "function": {"name": "look", "arguments": {}}}
+        result = {"role": "tool", "name": "look", "tool_call_id": "call00001", "content": "(seen)"}
+        answer = {"role": "assistant", "content": "(answer)"}
+        tools = [{"type": "function", "function": function}]
+        texts = [self.text, self.conversation("(task)", "(answer)", "(seen)")]
+        for messages, definitions in (
+            ([system, user], ()),
+            ([user], tools),
+            ([user, answer, result], ()),
+            ([user, {**answer, "content": "", "tool_calls": [call]}, result], tools),
+        ):
+            try:
+                texts.append(self.render(messages, definitions))
+            except ValueError:  # a template without system messages or tools
+                continue
+        return "".join(texts)
+
     def needs_alternation(self) -> bool:
         """Whether the template refuses two messages of the user in a row, as Gemma's and Mistral's do."""
         try:

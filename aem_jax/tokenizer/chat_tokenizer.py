@@ -108,8 +108,7 @@ class ChatTokenizer:
         self._tokenizer, self._template = tokenizer, ChatTemplate(tokenizer, thinking=thinking, day=day)
         added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()  # type: ignore[attr-defined]
         control = sorted((token.content for token in added if token.special), key=len, reverse=True)
-        # A rendered conversation also contains markup that the template composes from parts.
-        written = self._template.text + self._template.conversation("(task)", "(answer)", "(seen)")
+        written = self._template.written()
         markup = [token.content for token in added if not token.special and token.content in written]
         self._unwritten = {token.content for token in added if token.special and token.content not in written}
         self._control, self._markup_tokens = any_of(control), any_of([*control, *markup])
