@@ -23,7 +23,7 @@ from aem_jax.models.parameters import EMBED, HEAD
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 """Values of `general.architecture`; each is the `model_type` of a family, too."""
-KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K")
+KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
 """Types of tensors that are read."""
 _PLAIN = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 """Types that are numpy's, too; all others are de-quantised to float32."""
