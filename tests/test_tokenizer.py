@@ -160,6 +160,15 @@ def test_thinking_is_told_to_the_template(tiny, tmp_path):
         with_template(tiny, tmp_path / "c", template, thinking=False)
 
 
+def test_thinking_without_effect_is_warned_of(tiny, tmp_path, caplog):
+    tiny.save_pretrained(tmp_path)
+    ChatTokenizer.from_pretrained(tmp_path, chat_template=CHATML)
+    assert not caplog.records
+    ChatTokenizer.from_pretrained(tmp_path, chat_template=CHATML, thinking=False)
+    (record,) = caplog.records
+    assert "has no effect: the chat template that replaces the model's own does not read" in record.getMessage()
+
+
 def test_messages_that_the_template_refuses(tiny, tmp_path):
     no_system = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + CHATML
     tokenizer = with_template(tiny, tmp_path, no_system)

@@ -10,6 +10,7 @@ import datetime
 import functools
 import itertools
 import json
+import logging
 import re
 from array import array
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -25,6 +26,8 @@ from aem_jax.tokenizer.gguf import gguf_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 # Two private-use characters fence a control token inside the text of a message, from rendering to encoding.
 _FENCES = "\ue0f0\ue0f1"
@@ -54,7 +57,8 @@ class TokenizerConfig:
     """With --model.path: the model's own chat template, or plain ChatML. Qwen3's own template drops earlier thoughts,
     so it requires rollout.context window."""
     thinking: bool = True
-    """Value of enable_thinking for the chat template. With False, Qwen3 responds without a thought."""
+    """Value of enable_thinking for the chat template. With False, Qwen3 responds without a thought. ChatML does not
+    read it."""
     vocab_size: int = 1024
     """Maximum size of a trained vocabulary: bytes, control tokens, and merges learned from the environment's text."""
     whole_words: tuple[str, ...] = ("<action>", "</action>")
@@ -146,6 +150,11 @@ class ChatTokenizer:
         tokenizer = gguf_tokenizer(Path(path)) if is_gguf(path) else _hugging_face(path)
         if chat_template is not None:
             tokenizer.chat_template = chat_template
+        if not thinking and "enable_thinking" not in str(tokenizer.chat_template):
+            log.warning(
+                "--tokenizer.thinking False has no effect: the chat template%s does not read enable_thinking",
+                "" if chat_template is None else " that replaces the model's own",
+            )
         settings = {"appends": appends, "thinking": thinking, "instruction": instruction}
         return cls(tokenizer, day=saved_day(Path(path)), **settings)
 
