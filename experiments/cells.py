@@ -41,7 +41,7 @@ def missing_runs(grid: Grid, results: Sequence[Result], measurements: Sequence[M
         return ""
     return (
         f"**Incomplete**: {no_run} of {len(runs)} runs and {no_line} of {len(measured) * len(grid.measured.steps)} "
-        "measurements are missing. The numbers below come from the finished ones."
+        "measurements are missing. The numbers below come from the finished ones.\n"
     )
 
 
