@@ -143,8 +143,11 @@ def config_text(source: Path) -> str:
     if is_gguf(source):
         return json.dumps(config_of(source), indent=2) + "\n"
     theirs = read_json(source / CONFIG)
-    in_files = read_config(source)
-    if config_from_hf(theirs).tied_head and not in_files.tied_head:
+    try:
+        tied = config_from_hf(theirs).tied_head
+    except ValueError:  # copied as it is: who makes a policy of it says what is wrong
+        tied = False
+    if tied and not read_config(source).tied_head:
         return json.dumps(theirs | {"tie_word_embeddings": False}, indent=2) + "\n"
     return read_text(source / CONFIG)
 
