@@ -233,7 +233,7 @@ def test_a_relative_path_of_before_is_the_same_absolute(run: Path, monkeypatch):
 
 @pytest.mark.parametrize("writes", [True, False])
 def test_checkpoints_without_the_config_that_they_were_made_with_are_refused(tmp_path: Path, monkeypatch, writes: bool):
-    monkeypatch.setattr("aem_jax.distributed.runtime.set_up", lambda config: None)
+    monkeypatch.setattr("aem_jax.distributed.runtime.set_up", lambda *_: None)
     (tmp_path / "checkpoints/1").mkdir(parents=True)
     refused = pytest.raises(ConfigError, match=r"expected the config.json that .* was begun with .*, got none")
     with refused, open_run(RunConfig(), tmp_path, writes=writes):
