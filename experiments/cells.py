@@ -28,6 +28,11 @@ def compared(grid: Grid) -> list[Variant]:
     return [variant for variant in grid.variants if variant.against and variant.rule]
 
 
+def everywhere(grid: Grid) -> list[Variant]:
+    """Returns the variants that are compared and run in all cells."""
+    return [variant for variant in grid.variants if variant.against and not variant.cells]
+
+
 def missing_runs(grid: Grid, results: Sequence[Result], measurements: Sequence[Measurement]) -> str:
     """Says how much of the grid is missing; nothing if it is complete."""
     runs, known = grid.runs(Path()), {key_of(result) for result in results}
@@ -50,7 +55,7 @@ def gain_table(grid: Grid, results: Sequence[Result], name: str, control: str) -
 
     Gains are in points.
     """
-    measure, variants = MEASURES[name], [variant for variant in grid.variants if variant.against]
+    measure, variants = MEASURES[name], everywhere(grid)
     rows = []
     for cell in grid.cells:
         base = of_variant(results, variants[0].against, cell.name)
@@ -105,7 +110,7 @@ def effects(
 
 def size_table(grid: Grid, results: Sequence[Result]) -> str:
     """A row for each cell, and one for all: the mean norm of a variant's gradients relative to its comparison's."""
-    variants = [variant for variant in grid.variants if variant.against]
+    variants = everywhere(grid)
     rows, sizes = [], {}
     for cell in grid.cells:
         for variant in variants:
@@ -126,6 +131,30 @@ def size_table(grid: Grid, results: Sequence[Result]) -> str:
 
 def _norm(result: Result) -> float:
     return part("learner/grad_norm", 0, 1)(result)
+
+
+def beside_table(grid: Grid, results: Sequence[Result], variant: str, beside: str) -> str:
+    """A row for each measure: gains of a variant that runs in some cells and of another one, means over these cells.
+
+    Gains over the comparison, in points, of the seeds that both have in all of these cells.
+    """
+    known = next(each for each in grid.variants if each.name == variant)
+    rows = []
+    for name in GAINS:
+        gains = {
+            pair: {cell: differences(results, *pair, MEASURES[name], cell) for cell in known.cells}
+            for pair in ((variant, known.against), (beside, known.against), (beside, variant))
+        }
+        seeds = sorted(set.intersection(*(set(each) for of_cells in gains.values() for each in of_cells.values())))
+        if seeds:
+            even = [1 / len(known.cells)] * len(known.cells)
+            values = (
+                combined([[each[seed] for seed in seeds] for each in of_cells.values()], even)
+                for of_cells in gains.values()
+            )
+            rows.append([MEASURES[name].title, str(len(seeds)), *map(_points, values)])
+    titles = [known.title, grid.title(beside), f"{grid.title(beside)} over {known.title}"]
+    return table(["gain in", "seeds", *titles], rows) if rows else "No runs yet."
 
 
 def typical_width(grid: Grid, results: Sequence[Result], name: str, variant: str) -> str:
@@ -229,12 +258,12 @@ def responses_table(grid: Grid, results: Sequence[Result], measurements: Sequenc
 
 def _pairs(grid: Grid, control: str) -> list[tuple[str, str]]:
     """Each variant with its comparison, and the first one with its control."""
-    variants = [variant for variant in grid.variants if variant.against]
+    variants = everywhere(grid)
     return [*((variant.name, variant.against) for variant in variants), (variants[0].name, control)]
 
 
 def _titles(grid: Grid, control: str) -> list[str]:
-    variants = [grid.title(variant.name) for variant in grid.variants if variant.against]
+    variants = [grid.title(variant.name) for variant in everywhere(grid)]
     return [*variants, f"{variants[0]} over the {grid.title(control)}"]
 
 
@@ -281,6 +310,7 @@ def percents(value: Interval) -> str:
 HELPERS = (
     missing_runs,
     typical_width,
+    beside_table,
     gain_table,
     effect_table,
     size_table,

@@ -20,6 +20,7 @@ name = "grpo-aem"
 against = "grpo"            # the variant that it is compared with, seed by seed
 rule = "aem"                # its name in `analyze --efficiency`
 seeds = [0, 1, 2]           # only if the variant needs fewer seeds
+cells = ["short-free"]      # only if it needs fewer cells
 
 [[factors]]                 # every combination of levels is a cell; each cell has all variants and seeds
 name = "responses"
@@ -68,6 +69,7 @@ class Variant:
         family: the table that contains it.
         against: the variant that it is compared with, seed by seed; empty for none.
         rule: its credit rule's name in `analyze --efficiency`; empty for none.
+        cells: names of the cells in which it runs; empty for all.
     """
 
     name: str
@@ -77,6 +79,7 @@ class Variant:
     family: str = ""
     against: str = ""
     rule: str = ""
+    cells: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -212,7 +215,7 @@ class Grid:
         runs = []
         for seed in sorted({seed for variant in self.variants for seed in variant.seeds}):
             for cell, variant in itertools.product(self.cells, self.variants):
-                if seed not in variant.seeds:
+                if seed not in variant.seeds or (variant.cells and cell.name not in variant.cells):
                     continue
                 start = _run_name(cell.start, START, seed)
                 own = {**cell.options, **variant.options, "warmstart.init_from": str(folder / start)}
@@ -283,13 +286,17 @@ def read_grid(path: Path) -> Grid:
             raise ConfigError(f"{path}: expected a variant to compare {variant.name!r} with, got {variant.against!r}")
     if unknown := set(measured.variants) - set(names):
         raise ConfigError(f"{path}: expected variants to measure, got {', '.join(sorted(unknown))}")
-    return Grid(path.stem, head["preset"], seeds, shared, start, variants, factors, measured, head.get("bins", BINS))
+    grid = Grid(path.stem, head["preset"], seeds, shared, start, variants, factors, measured, head.get("bins", BINS))
+    if unknown := {name for variant in variants for name in variant.cells} - {cell.name for cell in grid.cells}:
+        raise ConfigError(f"{path}: expected names of cells, got {', '.join(sorted(unknown))}")
+    return grid
 
 
 def _variant(values: Mapping[str, Any], seeds: tuple[int, ...]) -> Variant:
-    _only(values, "name", "options", "seeds", "title", "family", "against", "rule")
+    _only(values, "name", "options", "seeds", "title", "family", "against", "rule", "cells")
     texts = {name: values.get(name, "") for name in ("title", "family", "against", "rule")}
-    return Variant(values["name"], flatten(values.get("options", {})), tuple(values.get("seeds", seeds)), **texts)
+    seeds, cells = tuple(values.get("seeds", seeds)), tuple(values.get("cells", ()))
+    return Variant(values["name"], flatten(values.get("options", {})), seeds, **texts, cells=cells)
 
 
 def _factor(values: Mapping[str, Any]) -> Factor:

@@ -59,7 +59,7 @@ def measurement(run: Run, step: int, ratios: dict[str, float], gain: float = 1.0
 def saved(grid: Grid) -> tuple[list[dict], list[dict]]:
     """Made-up numbers: in cell i AEM gains i points and has ρ = 1 + i/10; reversed α does the opposite."""
     index = {cell.name: number for number, cell in enumerate(grid.cells)}
-    extra = {"grpo": 0, "grpo-aem": 1, "reversed": -1, "sign": 0}
+    extra = {"grpo": 0, "grpo-aem": 1, "reversed": -1, "sign": 0, "larger": -0.5}
     results = [result(run, 20, 0.2) for run in grid.starts(FOLDER_OF_RUNS)]
     measurements = []
     for run in grid.runs(FOLDER_OF_RUNS):
@@ -73,7 +73,11 @@ def saved(grid: Grid) -> tuple[list[dict], list[dict]]:
 
 
 def test_the_grid_has_160_runs_in_pairs(grid: Grid):
-    starts, runs = grid.starts(FOLDER_OF_RUNS), grid.runs(FOLDER_OF_RUNS)
+    starts, every = grid.starts(FOLDER_OF_RUNS), grid.runs(FOLDER_OF_RUNS)
+    runs = [run for run in every if run.variant != "larger"]
+    (larger,) = [variant for variant in grid.variants if variant.cells]
+    assert {run.cell for run in every if run not in runs} == set(larger.cells)
+    assert len(every) - len(runs) == len(larger.cells) * len(larger.seeds)
     assert len(runs) == 8 * 4 * 5 and len(starts) == 4 * 5
     assert len({run.name for run in (*starts, *runs)}) == 180
     assert Counter(run.start for run in runs) == {run.name: 8 for run in starts}  # two rewards, four variants
@@ -107,6 +111,7 @@ def test_a_grid_with_a_mistake_in_its_cells_is_refused(tmp_path: Path):
         ('variants = ["grpo"]', 'variants = ["ppo"]', "expected variants to measure, got ppo"),
         ("start = false", "begin = false", "expected name, start, levels, got begin"),
         ("groups = 192", "", "expected 'groups', got none"),
+        ('"short-wrong-free"', '"tall"', "expected names of cells, got tall"),
     ):
         (tmp_path / "g.toml").write_text(text.replace(old, new, 1))
         with pytest.raises(ConfigError, match=message):
@@ -352,7 +357,7 @@ def test_combined_intervals_are_welchs():
 def test_the_page_follows_from_the_numbers(grid: Grid, tmp_path: Path):
     results, measurements = saved(grid)
     page = render([Content(grid, results, (), measurements)])
-    assert "160 of 160 runs" in page and "Incomplete" not in page
+    assert "172 of 172 runs" in page and "Incomplete" not in page
     assert (
         "| long | wrong | penalised | 5 | 32.0 % (30.0 to 34.0) | +7.0 (+7.0 to +7.0) | −7.0 (−7.0 to −7.0) | 0.0"
         in page
@@ -372,6 +377,9 @@ def test_the_page_follows_from_the_numbers(grid: Grid, tmp_path: Path):
     assert "while training, all steps): ρ at step 0 predicts it (1.00 (1.00 to 1.00), 8 cells), e − e of GRPO" in page
     assert "| all cells |  |  | 1.00 (1.00 to 1.00) | 1.00 (1.00 to 1.00) |" in page
     assert "after training is 0 points wide in the median" in page
+    # cells 0 to 3: larger steps lose half a point times the cell's number, reversed α one point
+    larger = "| 3 | −0.8 (−0.8 to −0.8) | −1.5 (−1.5 to −1.5) | −0.8 (−0.8 to −0.8) |"
+    assert f"| success after training, fixed games {larger}" in page
     against = [
         {**line, "rules": {**line["rules"], "aem": line["rules"]["reversed"]}} for line in measurements
     ]  # as if ρ of AEM were that of reversed α
@@ -385,8 +393,8 @@ def test_a_partial_page_says_what_is_missing(grid: Grid, tmp_path: Path):
     part = [line for line in results if line["seed"] == 0 and line["cell"].startswith("short")]
     own = [line for line in measurements if line["seed"] == 0 and line["cell"].startswith("short")][:-1]
     page = render([Content(grid, part, (), own)])
-    assert "**Incomplete**: 144 of 160 runs and 145 of 160 measurements are missing" in page
+    assert "**Incomplete**: 156 of 172 runs and 145 of 160 measurements are missing" in page
     assert "| short | unsure | free | 1 |" in page and "| long | unsure |" not in page
     empty = render([Content(grid, part[:1])])
-    assert "160 of 160 runs and 160 of 160 measurements are missing" in empty and "0 of 160 runs." in empty
+    assert "172 of 172 runs and 160 of 160 measurements are missing" in empty and "0 of 172 runs." in empty
     assert draw_relation([], tmp_path / "none.png") is None

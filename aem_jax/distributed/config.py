@@ -9,8 +9,7 @@ class RuntimeConfig:
     """The machine: settings that apply before the first computation."""
 
     compilation_cache: str = "auto"
-    """Folder that keeps compiled programs between runs. auto: $XDG_CACHE_HOME/aem_jax/xla, with several processes
-    RUNS_DIR/.xla, because only the first of them writes; off: none."""
+    """Folder of compiled programs. auto: $XDG_CACHE_HOME/aem_jax/xla, of several processes RUNS_DIR/.xla; off: none."""
     platform: str = ""
     """Platform to compute on: cpu, cuda or tpu; empty: the best available one."""
     cpu_devices: int = 0
