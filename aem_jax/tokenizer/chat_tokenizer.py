@@ -25,6 +25,7 @@ from aem_jax.tokenizer.chat_template import ChatTemplate, first_line, saved_day
 from aem_jax.tokenizer.gguf import gguf_tokenizer
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ class ChatTokenizer:
                 f"expected a fast tokenizer, got {type(tokenizer).__name__}; its files need a tokenizer.json"
             )
         self._tokenizer, self._template = tokenizer, ChatTemplate(tokenizer, thinking=thinking, day=day)
-        added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()  # type: ignore[attr-defined]
+        added = _backend(tokenizer).get_added_tokens_decoder().values()
         control = sorted((token.content for token in added if token.special), key=len, reverse=True)
         written = self._template.written()
         markup = [token.content for token in added if not token.special and token.content in written]
@@ -421,6 +422,11 @@ def _joined_users(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, An
     return joined
 
 
+def _backend(tokenizer: "PreTrainedTokenizerBase") -> "Tokenizer":
+    """The tokenizer of the package tokenizers inside; the base class does not declare it."""
+    return tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+
+
 _RAISED = ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")
 
 
@@ -433,7 +439,7 @@ def _splits_otherwise(tokenizer: "PreTrainedTokenizerBase", file: Path) -> bool:
     empty = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}
     expected = Tokenizer.from_str(json.dumps(empty | {part: theirs.get(part) for part in parts}))
     state = lambda backend, part: (found := getattr(backend, part)) and found.__getstate__()
-    backend = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    backend = _backend(tokenizer)
     return any(state(backend, part) != state(expected, part) for part in parts)
 
 
@@ -444,7 +450,7 @@ def _backends(tokenizer: "PreTrainedTokenizerBase", markup: Collection[str]):
     """
     from tokenizers import Tokenizer
 
-    state = json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
+    state = json.loads(_backend(tokenizer).to_str())
     for token in state["added_tokens"]:
         token["normalized"] = token["normalized"] and token["content"] not in markup
     state["truncation"] = state["padding"] = None

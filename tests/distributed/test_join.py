@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -141,8 +142,8 @@ def test_all_end_with_the_status_of_a_reported_error(
     calls = []
     monkeypatch.setattr(join, "_GRACE_S", 0.0)
     monkeypatch.setattr(join, "_end_now", lambda status: calls.append(status))
-    channel = SimpleNamespace(wait_until_left=lambda _: calls.append("wait"))
-    join._end_after(channel, PeerFailure(1, "node-07", "its connection closed, was it killed?", reported))  # type: ignore[arg-type]
+    channel: Any = SimpleNamespace(wait_until_left=lambda _: calls.append("wait"))
+    join._end_after(channel, PeerFailure(1, "node-07", "its connection closed, was it killed?", reported))
     assert calls == ["wait", status]
     assert "error: process 1 (on node-07) left: its connection closed, was it killed? This" in capsys.readouterr().err
 

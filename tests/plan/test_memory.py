@@ -264,7 +264,9 @@ def test_advice_can_be_followed(preset: str, model: str, topology: str, capsys):
         status, then = planned([*words, *re.split(r" \(", line)[0].split()], capsys)
         assert status in (0, 1), then
         assert set(re.findall(r"update|decode", then.partition("does not fit: ")[2].partition(". What")[0])) <= large
-    count, _, options = re.fullmatch(r"(\d+) chips instead of \d+( with)?(.*)", chips).groups()  # type: ignore[union-attr]
+    found = re.fullmatch(r"(\d+) chips instead of \d+( with)?(.*)", chips)
+    assert found
+    count, _, options = found.groups()
     larger = {("gpu:h100:8x4", "64"): "gpu:h100:8x8", ("v5p:2x2x4", "32"): "v5p:2x4x4", ("v5e:4x4", "32"): "v5e:4x8"}
     status, then = planned([*words[:-1], larger[topology, count], *options.split()], capsys)
     assert status == 0, then
