@@ -206,8 +206,8 @@ def answer(
         levels = {level: value for (_, level), value in gains.items() if DIFFERS in level}
         sentences.append(
             f"{measure.title.capitalize()}: over all cells, {own} differs from {base} by {_signed(gains[ALL])}, and "
-            f"from the {rival} by {_signed(beside)}. {_listed('cell', of_cells)} "
-            f"{_listed('difference between levels', levels)}"
+            f"from the {rival} by {_signed(beside)}. {_listed('In single cells', of_cells)} "
+            f"{_listed('Between levels', levels)}"
         )
     rule = next(known.rule for known in grid.variants if known.name == variant)
     rule_of = {known.name: known.rule for known in grid.variants}
@@ -237,13 +237,13 @@ def _signed(value: Interval) -> str:
     return shown(value, percent=True, signed=True)
 
 
-def _listed(what: str, values: Mapping[str, Interval]) -> str:
+def _listed(where: str, values: Mapping[str, Interval]) -> str:
     """The values whose interval does not contain 0, or that there is none."""
     clear = {name: value for name, value in values.items() if value.low > 0 or value.high < 0}
     if not clear:
-        return f"No {what} has an interval without 0."
+        return f"{where}, no interval excludes 0."
     some = "; ".join(f"{name} {_signed(value)}" for name, value in clear.items())
-    return f"With an interval without 0 ({len(clear)} of {len(values)}, {what}): {some}."
+    return f"{where}, {len(clear)} of {len(values)} intervals exclude 0: {some}."
 
 
 def _of_aem(points: Sequence[Point]) -> list[Point]:

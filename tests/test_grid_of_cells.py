@@ -370,10 +370,13 @@ def test_the_page_follows_from_the_numbers(grid: Grid, tmp_path: Path):
         in page
     )
     assert "| short | unsure | free | 20.0 % | 8.0 | 0.250 | 50.0 % | 44.4 % | 1.250 | 0.750 | – |" in page
-    assert "With an interval without 0 (7 of 8, cell): short-unsure-penalised +1.0 points (+1.0 to +1.0); " in page
+    assert "In single cells, 7 of 8 intervals exclude 0: short-unsure-penalised +1.0 points (+1.0 to +1.0); " in page
     gains = "AEM differs from GRPO by +3.5 points (+3.5 to +3.5), and from the sign control by +3.5 points (+3.5 to +3"
     assert f"Success after training, fixed games: over all cells, {gains}" in page
-    assert "difference between levels): long − short +4.0 points (+4.0 to +4.0); wrong − unsure +2.0 points" in page
+    assert (
+        "Between levels, 3 of 3 intervals exclude 0: long − short +4.0 points (+4.0 to +4.0); wrong − unsure +2.0 points"
+        in page
+    )
     assert "while training, all steps): ρ at step 0 predicts it (1.00 (1.00 to 1.00), 8 cells), e − e of GRPO" in page
     assert "| all cells |  |  | 1.00 (1.00 to 1.00) | 1.00 (1.00 to 1.00) |" in page
     assert "after training is 0 points wide in the median" in page
