@@ -374,7 +374,7 @@ def test_the_page_follows_from_the_numbers(grid: Grid, tmp_path: Path):
     gains = "AEM differs from GRPO by +3.5 points (+3.5 to +3.5), and from the sign control by +3.5 points (+3.5 to +3"
     assert f"Success after training, fixed games: over all cells, {gains}" in page
     assert (
-        "Between levels, 3 of 3 intervals exclude 0: long − short +4.0 points (+4.0 to +4.0); wrong − unsure +2.0 points"
+        "Between levels, 3 of 3 intervals exclude 0: long − short +4.0 points (+4.0 to +4.0); wrong − unsure +2.0"
         in page
     )
     assert "while training, all steps): ρ at step 0 predicts it (1.00 (1.00 to 1.00), 8 cells), e − e of GRPO" in page
