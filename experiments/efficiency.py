@@ -3,8 +3,8 @@
 cell, variant, seed, step   identify the checkpoint
 groups, episodes, success   of the rollouts that were played
 rules                       rule -> `gain` (e, return per unit of step size) and `ratio` (ρ = e / e of the base rule),
-                            each as value, low and high of a 95 % interval; `above`, how surely ρ > 1. These intervals
-                            are a bootstrap's, too wide where a gain is hardly resolved
+                            each as value, low and high of a 95 % interval; `above`, how surely ρ > 1. In the file of
+                            when_aem these intervals are a bootstrap's, too wide where a gain is hardly resolved
 responses                   entropies, and what α had to work with
 """
 
@@ -41,6 +41,8 @@ def words(folder: Path, run: Run, step: int, measured: Measured) -> list[str]:
     """Returns the arguments of the measurement's command line, after `python -m aem_jax.launch`."""
     words = ["analyze", str(folder / run.name), "--efficiency", "True", "--step", str(step)]
     words += ["--groups", str(measured.groups)]
+    if measured.sketch:
+        words += ["--sketch", str(measured.sketch)]
     return [*words, "--rules", *measured.rules] if measured.rules else words
 
 

@@ -36,6 +36,8 @@ start = false               # its options are of the training alone: its levels 
 variants = ["grpo"]
 steps = [0, 60]
 groups = 24
+rules = ["aem", "sign"]     # credit rules beside the base rule; all if it is missing
+sketch = 65536              # numbers that a gradient is projected to; exact gradients if it is missing
 """
 
 import itertools
@@ -128,12 +130,14 @@ class Measured:
         steps: steps of the checkpoints.
         groups: number of rollout groups to play.
         rules: credit rules to compare with the base rule; empty for all.
+        sketch: numbers that a gradient is projected to; 0: exact.
     """
 
     variants: tuple[str, ...] = ()
     steps: tuple[int, ...] = ()
     groups: int = 0
     rules: tuple[str, ...] = ()
+    sketch: int = 0
 
 
 @dataclass(frozen=True)
@@ -306,9 +310,14 @@ def _factor(values: Mapping[str, Any]) -> Factor:
 
 
 def _measured(values: Mapping[str, Any]) -> Measured:
-    _only(values, "variants", "steps", "groups", "rules")
-    rules = tuple(values.get("rules", ()))
-    return Measured(tuple(values["variants"]), tuple(values["steps"]), values["groups"], rules)
+    _only(values, "variants", "steps", "groups", "rules", "sketch")
+    return Measured(
+        variants=tuple(values["variants"]),
+        steps=tuple(values["steps"]),
+        groups=values["groups"],
+        rules=tuple(values.get("rules", ())),
+        sketch=values.get("sketch", 0),
+    )
 
 
 def _only(values: Mapping[str, Any], *names: str) -> Mapping[str, Any]:

@@ -7,6 +7,7 @@ defines each grid. A test checks that the committed page matches the committed n
 time and are not compared.
 """
 
+import math
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -16,9 +17,9 @@ from typing import Any, NamedTuple
 from aem_jax.evaluate import rate
 from experiments import cells, relation
 from experiments.claims import Claim, read_claims
-from experiments.efficiency import Measurement, path_of, read_measurements
+from experiments.efficiency import BASE, Measurement, path_of, ratio, read_measurements
 from experiments.grid import START, Grid, read_grid
-from experiments.measures import MEASURES, differences, interval, number, part, shown
+from experiments.measures import MEASURES, Interval, differences, interval, number, part, shown
 from experiments.plots import draw_pairs, draw_relation
 from experiments.results import RESULTS, Result, of_variant, read_results, successes
 from scripts.generated_page import table, template, write_or_check
@@ -104,6 +105,25 @@ def _won(evaluation: Mapping[str, Any]) -> str:
     return f"{success.success:.1%} ({success.low:.1%} to {success.high:.1%})".replace("%", " %") + f" of {games}"
 
 
+def efficiency_table(measurements: Sequence[Measurement], seed: int) -> str:
+    """A row for each credit rule that was measured on runs of one seed: e and ρ, with intervals of the groups."""
+    rows = [
+        [f"`{name}`", str(line["step"]), shown(_of_groups(rule["gain"]), percent=False), _ratio(line, name)]
+        for line in measurements
+        if line["seed"] == seed
+        for name, rule in line["rules"].items()
+    ]
+    return table(["credit rule", "step", "e, return per unit of step size", "ρ"], rows) if rows else "Not measured yet."
+
+
+def _of_groups(bounds: Sequence[float | None]) -> Interval:
+    return Interval(*(math.nan if bound is None else bound for bound in bounds), count=2)
+
+
+def _ratio(line: Measurement, rule: str) -> str:
+    return cells.with_bounds(ratio([line], rule)) if rule != BASE else "1"
+
+
 def facts(grid: Grid, results: Sequence[Result]) -> str:
     """Describes the number of finished runs, the planned number, and the time that they took."""
     planned = len(grid.runs(Path()))
@@ -160,7 +180,7 @@ def render(grids: Sequence[Content]) -> str:
     Raises:
         jinja2.UndefinedError: the template uses an undefined name.
     """
-    own = (comparison_table, start_table, outcome_table, claims_table, facts, alive)
+    own = (comparison_table, start_table, outcome_table, efficiency_table, claims_table, facts, alive)
     helpers = {helper.__name__: helper for helper in (*own, *cells.HELPERS, *relation.HELPERS)}
     return template(
         FOLDER / "experiments.md.j2", measures=MEASURES, least_cells=relation.LEAST_CELLS, **helpers

@@ -18,7 +18,7 @@ from experiments.measures import MEASURES, combined, interval
 from experiments.plots import draw_relation
 from experiments.results import read_results, write_lines, write_results
 from experiments.run import Workers, deal, measure_one, run_grid, runs_of, without_saved
-from experiments.table import FOLDER, Content, render
+from experiments.table import FOLDER, Content, efficiency_table, render
 
 FOLDER_OF_RUNS = Path("r")
 
@@ -193,6 +193,26 @@ def test_measurements_are_short_and_in_order(grid: Grid, tmp_path: Path):
     assert efficiency.missing(grid, grid.runs(tmp_path)[1], lines) == []  # AEM is not measured
     with pytest.raises(ValueError, match="expected the measurement of step 30 of short-unsure-free-grpo-seed0, got"):
         efficiency.line_of(tmp_path, first, 30)
+
+
+def test_the_rules_of_one_seed_have_the_intervals_of_its_groups(grid: Grid):
+    run = grid.runs(FOLDER_OF_RUNS)[0]
+    lines = [measurement(run, 0, {"aem": 1.25}, gain=0.1), measurement(run, 30, {}) | {"seed": 1}]
+    assert efficiency_table(lines, 0).splitlines()[2:] == [
+        "| `base` | 0 | 0.100 (0.050 to 0.200) | 1 |",
+        "| `aem` | 0 | 0.125 (0.050 to 0.200) | 1.25 (0.75 to 1.75) |",
+    ]
+    lines[0]["rules"]["base"]["gain"][1] = -0.01  # not resolved
+    assert efficiency_table(lines, 0).endswith("| `aem` | 0 | 0.125 (0.050 to 0.200) | – |")
+    assert efficiency_table(lines, 2) == "Not measured yet."
+
+
+def test_a_large_policy_is_measured_with_a_sketch(grid: Grid):
+    large = read_grid(FOLDER / "alfworld_smollm2.toml")
+    run = large.runs(FOLDER_OF_RUNS)[0]
+    line = efficiency.words(FOLDER_OF_RUNS, run, 0, large.measured)
+    assert line[line.index("--sketch") + 1] == "65536" and line[-3:] == ["--rules", "aem", "sign"]
+    assert "--sketch" not in efficiency.words(FOLDER_OF_RUNS, grid.runs(FOLDER_OF_RUNS)[0], 0, grid.measured)
 
 
 def test_a_finished_run_is_measured_once(grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
