@@ -27,6 +27,8 @@ extensions = [
 
 html_theme = "sphinx_book_theme"
 html_title = "aem_jax"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_theme_options = {
     "show_toc_level": 2,
     "use_download_button": False,
@@ -37,7 +39,7 @@ html_show_sphinx = False
 smartquotes = False  # `--option` stays as it is written
 toc_object_entries_show_parents = "hide"
 
-exclude_patterns = ["_ext"]
+exclude_patterns = ["_ext", "_static"]
 suppress_warnings = ["config.cache"]
 
 # `$` stands in shell commands, not for mathematics: equations are preformatted text, as in the docstrings.
