@@ -78,6 +78,14 @@ def test_every_page_is_in_the_table_of_contents():
     assert listed == set(DOCS.rglob("*.md")) - {DOCS / "index.md"}
 
 
+def test_every_metric_of_a_step_is_explained():
+    pages = "".join((DOCS / name).read_text() for name in ("run_folder.md", "algorithms.md", "howto/carry.md"))
+    for file in ("train.py", "credit.py", "selection.py", "launch/efficiency.py"):
+        names = re.findall(r'"([a-z]+/[a-z_]+)"', (REPOSITORY / "aem_jax" / file).read_text())
+        assert names
+        assert [name for name in names if f"`{name}`" not in pages] == [], file
+
+
 def test_every_public_function_and_class_has_a_docstring():
     """The API reference is built from docstrings and leaves out objects without one."""
     for room in ("advantage", "losses", "models", "sampler"):
