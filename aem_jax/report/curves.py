@@ -194,8 +194,8 @@ CURVES: tuple[tuple[str, str, Callable[[Run, Axes], bool]], ...] = (
     ("α by sign of advantage", "α > 1 makes a response weigh more, α < 1 less; the mean of a group is 1.", draw_alpha),
     (
         "Efficiency ρ",
-        "Gain of return per unit of step size with AEM, relative to the base algorithm; above 1, AEM helps. Of the "
-        "latest measurements (half of all), with the 95 % interval.",
+        "Gain of return per unit of step size with AEM, relative to the base algorithm; above 1, the next small "
+        "step gains more with AEM. Of the latest measurements (half of all), with the 95 % interval.",
         draw_efficiency,
     ),
     ("Success by task type", "Training episodes, trailing mean.", draw_task_types),
