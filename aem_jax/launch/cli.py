@@ -175,7 +175,10 @@ def _serve(words: Sequence[str]) -> int:
 
     names, options = split(words)
     if "help" in options:
-        return _help(ServeConfig(), options, "serve ENVIRONMENT", COMMANDS["serve"].help)
+        from aem_jax.envs.registry import SERVED
+
+        known = f"ENVIRONMENT: {', '.join(SERVED)}; or your own as file.py:attribute."
+        return _help(ServeConfig(), options, "serve ENVIRONMENT", f"{COMMANDS['serve'].help}\n\n{known}")
     return run(names, apply(ServeConfig(), options))
 
 
@@ -185,20 +188,22 @@ def _endpoint(words: Sequence[str]) -> int:
 
     names, options = split(words)
     if "help" in options:
-        return _help(EndpointConfig(), options, "endpoint MODEL", COMMANDS["endpoint"].help)
+        known = "MODEL: a folder of Hugging Face's files, a name on the Hub, a GGUF file, or a run's folder."
+        return _help(EndpointConfig(), options, "endpoint MODEL", f"{COMMANDS['endpoint'].help}\n\n{known}")
     if len(names) != 1:
         raise ConfigError(f"expected one model or run to serve, got {len(names)}; endpoint MODEL")
     return run(names[0], apply(EndpointConfig(), options))
 
 
 def _bench(words: Sequence[str]) -> int:
-    from aem_jax.bench.command import run
+    from aem_jax.bench.command import BENCHMARKS, run
     from aem_jax.bench.config import BenchConfig
     from aem_jax.overrides import apply, split
 
     names, options = split(words)
     if "help" in options:
-        return _help(BenchConfig(), options, "bench [NAME …]", COMMANDS["bench"].help)
+        text = f"{COMMANDS['bench'].help}\n\nNAMEs, all by default: {', '.join(BENCHMARKS)}."
+        return _help(BenchConfig(), options, "bench [NAME …]", text)
     return run(names, apply(BenchConfig(), options))
 
 
@@ -235,6 +240,9 @@ def _plan(words: Sequence[str]) -> int:
 def _presets(words: Sequence[str]) -> int:
     from aem_jax.config.presets import algorithm_names, describe_preset, model_names, setting_names
 
+    if list(words) in (["--help"], ["-h"]):
+        print(f"usage: {PROGRAM} presets\n\n{COMMANDS['presets'].help}")
+        return 0
     if words:
         raise ConfigError(f"expected nothing after presets, got {' '.join(words)!r}")
     kinds = {
@@ -249,11 +257,11 @@ def _presets(words: Sequence[str]) -> int:
 
 COMMANDS: Mapping[str, Command] = {
     "train": Command(_train, "Trains a policy, or resumes its run; the default command."),
-    "evaluate": Command(_evaluate, "Evaluates a trained run on its fixed evaluation sets."),
+    "evaluate": Command(_evaluate, "Evaluates a run's latest checkpoint on its fixed evaluation sets."),
     "analyze": Command(_analyze, "Tests the paper's claims on a trained run; writes RUN/analysis."),
     "export": Command(
         _export,
-        "Writes a run's model; --adapter True: a LoRA run's adapter.",
+        "Writes a run's latest model; --adapter True: a LoRA run's adapter.",
     ),
     "trim": Command(_trim, "Writes a model with the tokens that an environment uses."),
     "serve": Command(_serve, "Serves an environment over WebSocket until interrupted."),

@@ -289,11 +289,26 @@ def test_help_lists_the_settings_of_the_chosen_environment_alone(capsys):
         ["serve", "--help"],
         ["serve", "alfworld", "--help"],
         ["bench", "--help"],
+        ["presets", "--help"],
     ],
 )
 def test_every_command_has_help(words: list[str], capsys):
     assert cli.main(words) == 0
     assert "usage: python -m aem_jax.launch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "known"),
+    [
+        ("serve", "swe-choices"),
+        ("endpoint", "a GGUF file"),
+        ("bench", "sandboxes, learner"),
+        ("doctor", "parity-float32"),
+    ],
+)
+def test_help_says_what_may_follow_a_command(command: str, known: str, capsys):
+    assert cli.main([command, "--help"]) == 0
+    assert known in capsys.readouterr().out.partition("settings:")[0]
 
 
 def test_no_field_is_without_an_explanation():
