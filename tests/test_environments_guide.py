@@ -108,6 +108,21 @@ def test_it_can_be_trained_on(guess: Path):
         assert pool.step(0, "what?").result(30).info["valid_action"] is False
 
 
+def test_a_model_is_trained_with_the_paper_s_learning_rate(guess: Path):
+    title = "Train a model on it"
+    ((preset,), (command,)) = (blocks(title, language) for language in ("toml", "sh"))
+    (guess / "model.toml").write_text(preset)
+    _, options = split(*(words[3:] for words in commands(command)))
+    config = apply(read_preset(*options.pop("preset")), options)
+    validate.check(config)
+    paper = read_preset("alfworld-paper", "qwen2.5-1.5b")
+    for field in ("learning_rate", "adam_eps", "beta2"):
+        assert getattr(config.learner, field) == getattr(paper.learner, field)
+    tiny = read_preset("openenv-tiny")
+    assert f"responses of {tiny.rollout.response_tokens} tokens, contexts of {tiny.rollout.context_tokens:,}" in PAGE
+    assert tiny.learner.learning_rate == read_preset("harness-tiny").learner.learning_rate == 1e-3
+
+
 def test_the_suite_of_an_environment_with_a_name(guess: Path, monkeypatch: pytest.MonkeyPatch):
     (guess / "guess_suite.py").write_text(blocks("Bring your own environment", "python")[2])
     monkeypatch.delitem(sys.modules, "guess_suite", raising=False)
