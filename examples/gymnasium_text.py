@@ -16,7 +16,7 @@ from typing import Any
 import gymnasium
 from gymnasium.envs.toy_text.frozen_lake import generate_random_map
 
-from aem_jax.envs.protocol import StepResult
+from aem_jax.envs import StepResult
 
 
 class GymnasiumText:
