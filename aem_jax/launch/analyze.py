@@ -64,8 +64,8 @@ class AnalyzeConfig:
     seed: int = 0
     """Seed of the tasks, the episodes, the choice of states and the draws."""
     efficiency: bool = False
-    """Whether AEM would help: compare the gain of return per unit of step size of credit rules (base, AEM, its
-    ablations, EMPG, GiGPO), in place of testing the claims; writes RUN/analysis/efficiency.html."""
+    """In place of testing the claims, compare credit rules (base, AEM, its ablations, EMPG, GiGPO) by their gain of
+    return per unit of step size; writes RUN/analysis/efficiency.html."""
     rules: tuple[str, ...] = ()
     """efficiency: rules to compare with the base algorithm; empty: all (aem, aem-0.5, aem-2, reversed, shuffled, sign,
     aem-trajectory, aem-batch, empg, gigpo)."""

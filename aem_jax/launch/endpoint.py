@@ -55,7 +55,7 @@ class EndpointConfig:
     """What is served, and where."""
 
     host: str = "127.0.0.1"
-    """Address to listen on. Behind another one than this, set key: whoever reaches it can use it."""
+    """Address to listen on. With any other address, set key: without it, all who reach the endpoint can use it."""
     port: int = 8000
     """Port; 0: any free one."""
     key: str = ""
@@ -63,11 +63,11 @@ class EndpointConfig:
     lenient: bool = False
     """Whether requests that ask for other sampling are answered as sampling says, instead of refused."""
     dtype: str = "bfloat16"
-    """Of weights and cache: bfloat16 or float32. A run has its own."""
+    """Dtype of weights and cache: bfloat16 or float32. Of a model only: a run has its own."""
     seed: int = 0
     """Seed of the samples. Conversation i samples with fold i of its key."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    """chat_template and thinking. A run has its own."""
+    """chat_template and thinking. Of a model only: a run has its own."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """The distribution of all responses."""
     rollout: RolloutConfig = field(default_factory=_rollout)

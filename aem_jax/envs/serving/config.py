@@ -16,7 +16,7 @@ class PoolConfig:
     """Command that starts one server of another package, with {port} in it. The pool starts, watches and restarts
     num_servers of them. Each must serve at 127.0.0.1:{port}, and end when it is killed."""
     num_servers: int = 2
-    """Server processes that the pool starts; a failure affects one's sessions."""
+    """Server processes that the pool starts; a failure affects one server."""
     sessions_per_server: int = 32
     """Number of sessions on each server."""
     reset_deadline_s: float = 60.0
