@@ -110,9 +110,10 @@ def test_it_can_be_trained_on(guess: Path):
 
 def test_a_model_is_trained_with_the_paper_s_learning_rate(guess: Path):
     title = "Train a model on it"
-    ((preset,), (command,)) = (blocks(title, language) for language in ("toml", "sh"))
+    (preset,), (block,) = blocks(title, "toml"), blocks(title, "sh")
     (guess / "model.toml").write_text(preset)
-    _, options = split(*(words[3:] for words in commands(command)))
+    (words,) = commands(block)
+    _, options = split(words[3:])
     config = apply(read_preset(*options.pop("preset")), options)
     validate.check(config)
     paper = read_preset("alfworld-paper", "qwen2.5-1.5b")
