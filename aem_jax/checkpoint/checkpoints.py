@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
@@ -50,6 +50,10 @@ class CheckpointConfig:
     def __post_init__(self):
         if self.keep < 1:
             raise ValueError(f"expected keep ≥ 1, got {self.keep}")
+
+
+Choice = int | Literal["latest", "best"]
+"""A checkpoint of a run: its step, the latest, or the one with the highest score."""
 
 
 class Checkpoints:
@@ -125,6 +129,24 @@ class Checkpoints:
     def best(self) -> int | None:
         """Step of the checkpoint with the highest score; None if none has a score."""
         return self._best(self.steps)
+
+    def find(self, choice: Choice) -> int | None:
+        """The step of a chosen checkpoint, as `restore` takes it: None for the latest that can be read. Collective.
+
+        Raises:
+            CheckpointError: there is no such checkpoint.
+        """
+        if choice == "latest":
+            return None
+        steps = self.steps
+        found = self._processes.broadcast(self._best(steps) if choice == "best" else choice)
+        if found in steps:
+            return found
+        wanted = (
+            "a checkpoint with a score (of an evaluation)" if choice == "best" else f"a checkpoint of step {choice}"
+        )
+        there = f"those of steps {', '.join(map(str, steps))}" if steps else "none"
+        raise CheckpointError(f"expected {wanted} in {self.folder}, got {there}")
 
     @property
     def steps(self) -> list[int]:

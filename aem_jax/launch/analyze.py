@@ -20,6 +20,7 @@ from aem_jax.analysis.claims import SIGNS, choose, coefficient_inputs, drift, en
 from aem_jax.analysis.draws import Draws, draw_responses
 from aem_jax.analysis.states import State, states_of
 from aem_jax.batch import Batch, collate, place
+from aem_jax.checkpoint import Choice
 from aem_jax.config import components, saved
 from aem_jax.config.algorithms import response_advantages
 from aem_jax.credit import AemConfig, Credit, make_credit
@@ -48,8 +49,8 @@ class AnalyzeConfig:
 
     against: str = ""
     """Folder of another run to compare training curves with, e.g. one without AEM."""
-    step: int = -1
-    """Step of the checkpoint to analyse; -1: the latest."""
+    step: Choice = "latest"
+    """Checkpoint to analyse: its step, latest, or best (of the highest success in an evaluation)."""
     states: int = 64
     """Number of states (turns of new episodes) to draw responses in."""
     draws: int = 64
@@ -75,7 +76,7 @@ class AnalyzeConfig:
     """efficiency: numbers that a gradient is projected to at random; 0: exact. For large policies, e.g. 65536."""
 
     def __post_init__(self) -> None:
-        for name, least in (("states", 2), ("draws", 2), ("groups", 0), ("step", -1), ("sketch", 0)):
+        for name, least in (("states", 2), ("draws", 2), ("groups", 0), ("sketch", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"expected {name} of at least {least}, got {getattr(self, name)}")
         if not 0 <= self.seed < 2**32 - 1:
@@ -113,11 +114,8 @@ def analyze(folder: Path, options: AnalyzeConfig) -> int:
     with open_run(config, folder) as run:
         if run.processes.count > 1:
             raise ConfigError("analyze runs in one process; start it without the others")
-        step = None if options.step < 0 else options.step
-        if step is not None and step not in run.checkpoints.steps:
-            there = ", ".join(map(str, run.checkpoints.steps)) or "none"
-            raise ConfigError(f"--step: expected a checkpoint of {folder}, got {step}; there are {there}")
-        state = run.restore(load_frozen_weights(run), step)
+        chosen = run.checkpoints.find(options.step)
+        state = run.restore(load_frozen_weights(run), chosen)
         step = int(state.step)
         if options.efficiency:
             results = efficiency.measure(

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from aem_jax.config.run import RunConfig
 
 PROGRAM = "python -m aem_jax.launch"
+STEP = "--step: the checkpoint: its step, latest (the default), or best (of the highest success in an evaluation)."
+ADAPTER = "--adapter True: a LoRA run's adapter, in PEFT's files; by default it is merged into the weights."
 
 
 class Command(NamedTuple):
@@ -91,7 +93,11 @@ def _train(words: Sequence[str]) -> int:
 def _evaluate(words: Sequence[str]) -> int:
     options = _options(words, "evaluate")
     if "help" in options:
-        return _help(_chosen(_preset(options), options), options, "evaluate", COMMANDS["evaluate"].help)
+        return _help(_chosen(_preset(options), options), options, "evaluate", f"{COMMANDS['evaluate'].help}\n\n{STEP}")
+
+    from aem_jax.checkpoint import Choice
+
+    step = _taken(options, "step", Choice, "latest")
     config = _trained(options)
 
     from aem_jax.config.validate import check
@@ -100,7 +106,7 @@ def _evaluate(words: Sequence[str]) -> int:
 
     from aem_jax.launch.evaluation import evaluate
 
-    return evaluate(config)
+    return evaluate(config, step)
 
 
 def _analyze(words: Sequence[str]) -> int:
@@ -120,22 +126,20 @@ def _export(words: Sequence[str]) -> int:
 
     names, options = split(words)
     if "help" in options:
-        return _help(_chosen(_preset({}), options), options, "export FOLDER", COMMANDS["export"].help)
+        about = f"{COMMANDS['export'].help}\n\n{STEP}\n{ADAPTER}"
+        return _help(_chosen(_preset({}), options), options, "export FOLDER", about)
     if len(names) != 1:
         raise ConfigError(f"expected one folder to write to, got {len(names)}; export FOLDER --name RUN")
     if not names[0] or "://" in names[0]:  # paths of the working folder, and of a folder with that name
         raise ConfigError(f"expected the path of a folder to write to, got {names[0]!r}")
-    from aem_jax.overrides import read
+    from aem_jax.checkpoint import Choice
 
-    try:
-        adapter = read(options.pop("adapter", ["false"]), bool)
-    except ValueError as error:
-        raise ConfigError(f"--adapter: {error}") from None
+    adapter, step = _taken(options, "adapter", bool, False), _taken(options, "step", Choice, "latest")
     config = _trained(options)
 
     from aem_jax.launch.export import export
 
-    return export(config, Path(names[0]), adapter)
+    return export(config, Path(names[0]), adapter, step)
 
 
 def _trim(words: Sequence[str]) -> int:
@@ -156,6 +160,16 @@ def _trim(words: Sequence[str]) -> int:
     from aem_jax.launch.trim import trim
 
     return trim(config, Path(names[0]))
+
+
+def _taken(options: dict[str, list[str]], name: str, kind: Any, default: Any) -> Any:
+    """The value of an option that is no setting of a run; removes it."""
+    from aem_jax.overrides import read
+
+    try:
+        return read(options.pop(name), kind) if name in options else default
+    except ValueError as error:
+        raise ConfigError(f"--{name}: {error}") from None
 
 
 def _trained(options: dict[str, list[str]]) -> "RunConfig":
@@ -257,12 +271,9 @@ def _presets(words: Sequence[str]) -> int:
 
 COMMANDS: Mapping[str, Command] = {
     "train": Command(_train, "Trains a policy, or resumes its run; the default command."),
-    "evaluate": Command(_evaluate, "Evaluates a run's latest checkpoint on its fixed evaluation sets."),
+    "evaluate": Command(_evaluate, "Evaluates a run's checkpoint on its fixed evaluation sets."),
     "analyze": Command(_analyze, "Tests the paper's claims on a trained run; writes RUN/analysis."),
-    "export": Command(
-        _export,
-        "Writes a run's latest model; --adapter True: a LoRA run's adapter.",
-    ),
+    "export": Command(_export, "Writes a run's model, or a LoRA run's adapter."),
     "trim": Command(_trim, "Writes a model with the tokens that an environment uses."),
     "serve": Command(_serve, "Serves an environment over WebSocket until interrupted."),
     "endpoint": Command(_endpoint, "Serves a model or a run through OpenAI's API."),

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from aem_jax.checkpoint import CheckpointError, Checkpoints
+from aem_jax.checkpoint import CheckpointError, Checkpoints, Choice
 from aem_jax.config import components, inputs, saved
 from aem_jax.distributed import runtime
 from aem_jax.distributed.config import RuntimeConfig
@@ -68,6 +68,8 @@ class EndpointConfig:
     """Seed of the samples. Conversation i samples with fold i of its key."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """chat_template and thinking. Of a model only: a run has its own."""
+    step: Choice = "latest"
+    """Of a run only: the checkpoint to serve, its step, latest, or best (of the highest success in an evaluation)."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """The distribution of all responses."""
     rollout: RolloutConfig = field(default_factory=_rollout)
@@ -164,6 +166,8 @@ def _load(path: Path, name: str, config: EndpointConfig, mesh: Mesh) -> tuple[Po
     if (path / inputs.FILE).is_file():  # a model has a config.json, too
         policy, params, chat = _trained(path, config, mesh)
     else:
+        if config.step != "latest":
+            raise ValueError(f"--step: expected a run's folder, which has checkpoints, got the model {name}")
         source, thinking = resolve(name), config.tokenizer.thinking
         template = {"own": None, "chatml": CHATML}[config.tokenizer.chat_template]
         chat = ChatTokenizer.from_pretrained(source, chat_template=template, appends=False, thinking=thinking)
@@ -179,10 +183,11 @@ def _load(path: Path, name: str, config: EndpointConfig, mesh: Mesh) -> tuple[Po
 
 
 def _trained(folder: Path, served: EndpointConfig, mesh: Mesh) -> tuple[Policy, Params, ChatTokenizer]:
-    """The latest checkpoint of a run.
+    """The chosen checkpoint of a run.
 
     Raises:
-        ValueError: the run has none, or settings say otherwise what is the run's own.
+        CheckpointError: the run has no such checkpoint.
+        ValueError: it has none, or settings say otherwise what is the run's own.
     """
     if served.dtype != EndpointConfig.dtype or served.tokenizer != TokenizerConfig():
         raise ValueError(
@@ -195,7 +200,8 @@ def _trained(folder: Path, served: EndpointConfig, mesh: Mesh) -> tuple[Policy, 
     with Checkpoints(folder / "checkpoints", config.checkpoint) as checkpoints:
         if checkpoints.latest is None:
             raise ValueError(f"no checkpoint in {folder}; train it first")
-        state = checkpoints.restore(abstract_state(policy, config.learner, mesh).without_frozen())
+        abstract = abstract_state(policy, config.learner, mesh).without_frozen()
+        state = checkpoints.restore(abstract, checkpoints.find(served.step))
     if policy.lora:
         recorded = inputs.load(folder).get(inputs.FROZEN)
         frozen, _ = frozen_weights.load(config, folder, policy.base, mesh, recorded)

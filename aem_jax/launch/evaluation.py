@@ -9,6 +9,7 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.table import Table
 
+from aem_jax.checkpoint import Choice
 from aem_jax.config.run import RunConfig
 from aem_jax.errors import ConfigError
 from aem_jax.evaluate import evaluate_agent, evaluate_policy
@@ -25,19 +26,20 @@ LABELS = {"warmstart": "before training", "train": "while training", "final": "a
 """Phases of the policy; any other phase is a baseline, named by itself."""
 
 
-def evaluate(config: RunConfig) -> int:
-    """Evaluates the latest checkpoint of a run on its fixed sets: JSON lines on stdout, a table on stderr.
+def evaluate(config: RunConfig, step: Choice = "latest") -> int:
+    """Evaluates a checkpoint of a run on its fixed sets: JSON lines on stdout, a table on stderr.
 
     Returns:
         The exit status, as of `train`.
 
     Raises:
-        ConfigError: the run has no checkpoint, or no split is given.
+        ConfigError: the run has no such checkpoint, or no split is given.
     """
     if not config.evaluation.splits:
         raise ConfigError("--evaluation.splits: expected at least one split, got none")
     with open_run(config, Path(config.runs_dir) / config.name) as run:
-        state = run.restore(load_frozen_weights(run))
+        chosen = run.checkpoints.find(step)
+        state = run.restore(load_frozen_weights(run), chosen)
         params, records, is_first = run.reshard(state.params), [], run.processes.is_first
         for split in config.evaluation.splits:
             tasks, name = run.suite.evaluation(split, config.evaluation.size)

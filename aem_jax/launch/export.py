@@ -1,10 +1,10 @@
-"""`export FOLDER`: writes a run's latest checkpoint as a Hugging Face model with its tokenizer, or as an adapter."""
+"""`export FOLDER`: writes a run's checkpoint as a Hugging Face model with its tokenizer, or as an adapter."""
 
 import logging
 from dataclasses import replace
 from pathlib import Path
 
-from aem_jax.checkpoint import CheckpointError, Checkpoints
+from aem_jax.checkpoint import CheckpointError, Checkpoints, Choice
 from aem_jax.config import components, inputs, saved
 from aem_jax.config.run import RunConfig
 from aem_jax.distributed import runtime
@@ -21,16 +21,17 @@ from aem_jax.tokenizer import ChatTokenizer
 log = logging.getLogger(__name__)
 
 
-def export(config: RunConfig, folder: Path, adapter: bool = False) -> int:
+def export(config: RunConfig, folder: Path, adapter: bool = False, step: Choice = "latest") -> int:
     """Writes the model of a run; returns the exit status.
 
     Args:
         config: the run's own.
         folder: to write to; new or empty.
         adapter: write a LoRA run's adapter, in PEFT's files; otherwise it is merged into the weights.
+        step: the checkpoint.
 
     Raises:
-        ConfigError: the run has no checkpoint or no adapter, or the folder is not empty.
+        ConfigError: the run has no such checkpoint or no adapter, or the folder is not empty.
     """
     run = Path(config.runs_dir) / config.name
     try:
@@ -43,7 +44,8 @@ def export(config: RunConfig, folder: Path, adapter: bool = False) -> int:
         with Checkpoints(run / "checkpoints", config.checkpoint) as checkpoints:
             if checkpoints.latest is None:
                 raise ConfigError(f"no checkpoint in {run}; train it first")
-            state = checkpoints.restore(abstract_state(policy, config.learner, mesh).without_frozen())
+            abstract = abstract_state(policy, config.learner, mesh).without_frozen()
+            state = checkpoints.restore(abstract, checkpoints.find(step))
         if adapter and policy.lora:
             base = config.model.path or str((run / frozen_weights.FOLDER).resolve())
             files = saved.model_files(config, run)  # the run's copy of config.json; the base may be elsewhere by now

@@ -84,6 +84,9 @@ def test_the_latest_the_best_and_the_first_checkpoint_are_kept(tmp_path):
         assert checkpoints.steps == [0, 2, 5, 6]
         assert checkpoints.best == 2
         assert_equal(checkpoints.restore(ABSTRACT, step=2), state_of(2))
+        assert [checkpoints.find(choice) for choice in ("latest", "best", 0, 5)] == [None, 2, 0, 5]
+        with pytest.raises(CheckpointError, match=r"a checkpoint of step 3 in .*, got those of steps 0, 2, 5, 6$"):
+            checkpoints.find(3)
     with Checkpoints(tmp_path, CheckpointConfig(keep=2)) as checkpoints:  # as in a resumed run
         assert checkpoints.steps == [0, 2, 5, 6] and checkpoints.best == 2
         for step, score in ((7, 0.1), (8, 0.95), (9, 0.0), (10, 0.0)):
@@ -122,6 +125,10 @@ def test_without_scores_there_is_no_best_checkpoint(tmp_path):
             checkpoints.save(step, state_of(step))
         checkpoints.wait()
         assert checkpoints.best is None and checkpoints.steps == [0, 3, 4]
+        with pytest.raises(CheckpointError, match=r"a checkpoint with a score .*, got those of steps 0, 3, 4$"):
+            checkpoints.find("best")
+    with pytest.raises(CheckpointError, match=r"expected a checkpoint with a score .*, got none$"):
+        Checkpoints(tmp_path / "other").find("best")
 
 
 def test_a_step_is_written_once(tmp_path):

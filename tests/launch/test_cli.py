@@ -33,7 +33,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
     """Configs passed to `train` and `evaluate`, which are replaced by recorders."""
     seen: list[RunConfig] = []
     stand_in = types.SimpleNamespace(
-        train=lambda config: seen.append(config) or 0, evaluate=lambda config: seen.append(config) or 0
+        train=lambda config: seen.append(config) or 0, evaluate=lambda config, step: seen.append(config) or 0
     )
     for module in ("training", "evaluation"):
         monkeypatch.setitem(sys.modules, f"aem_jax.launch.{module}", stand_in)  # pyright: ignore[reportArgumentType]
@@ -438,6 +438,14 @@ def test_evaluate_begins_from_the_run_s_own_config(trained, tmp_path: Path):
     (asked,) = trained
     assert asked.rollout.group_size == 4 and asked.sampling.temperature == 0.0
     assert (asked.name, asked.runs_dir) == ("mine", str(tmp_path))
+
+
+def test_a_choice_of_a_checkpoint_is_checked(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["evaluate", "--name", "never-trained", "--step", "bets"]) == 2
+    assert cli.main(["export", "out", "--name", "never-trained", "--step"]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "error: --step: expected a whole number or one of latest, best, got 'bets'"
+    assert second == "error: --step: expected a whole number or one of latest, best, got ''"
 
 
 def test_options_with_which_checkpoints_cannot_be_read_are_refused(tmp_path: Path, capsys):

@@ -56,6 +56,11 @@ def test_a_tokenizer_beyond_the_embedding_is_refused(tmp_path: Path):
         serve_policy(tmp_path / "model", EndpointConfig(port=0, dtype="float32", rollout=ROLLOUT))
 
 
+def test_a_model_has_no_steps(tmp_path: Path):
+    with pytest.raises(ValueError, match="--step: expected a run's folder, which has checkpoints, got the model"):
+        serve_policy(tmp_path, EndpointConfig(port=0, rollout=ROLLOUT, step=3))
+
+
 @pytest.mark.parametrize(
     "settings", [{"dtype": "float32"}, {"tokenizer": TokenizerConfig(thinking=False)}], ids=["dtype", "tokenizer"]
 )

@@ -140,11 +140,19 @@ def test_a_run_that_was_stopped_killed_and_resumed_has_the_same_numbers(
     assert ours == theirs
 
 
-def test_evaluate_prints_json_of_a_run_given_by_name(finished: Path, user_environment):
-    out = finish(start(finished.parent, user_environment, "--name", "small", command="evaluate"))
+def test_evaluate_prints_json_of_a_checkpoint_of_a_run_given_by_name(finished: Path, user_environment):
+    out = finish(start(finished.parent, user_environment, "--name", "small", "--step", "4", command="evaluate"))
     printed = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-    final = read_lines(finished / "evaluations.jsonl")[-1]
-    assert printed == [{**final, "phase": "evaluate"}]
+    (then,) = [record for record in read_lines(finished / "evaluations.jsonl") if record["phase"] == "train"]
+    assert then["step"] == 4 and printed == [{**then, "phase": "evaluate"}]
+
+
+def test_a_checkpoint_of_a_run_is_exported(finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    line = ["export", str(tmp_path / "model"), "--preset", str(SMALL), "--runs-dir", str(finished.parent), "--step"]
+    assert cli.main([*line, "5"]) == 2
+    assert "expected a checkpoint of step 5 in" in capfd.readouterr().err
+    assert cli.main([*line, "4"]) == 0
+    assert f"step 4 of {finished} -> {tmp_path / 'model'}" in capfd.readouterr().out
 
 
 def test_analyze_reads_the_checkpoints_of_a_run(finished: Path, capfd):
