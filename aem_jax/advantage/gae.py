@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from aem_jax.advantage._checks import float_array, same_shape, take
+from aem_jax.advantage._segments import centred
 from aem_jax.advantage.experience import Experience, response_groups
 from aem_jax.advantage.reinforce import Weighing, by_token, whiten
 
@@ -50,6 +51,11 @@ def gae_advantages(
     Raises:
         ValueError: no values, wrong shapes or dtypes, or numbers out of range.
     """
+    return _estimates(experience, num_groups, gamma, gae_lambda)[0]
+
+
+def _estimates(experience: Experience, num_groups: int, gamma: float, gae_lambda: float) -> tuple[jax.Array, jax.Array]:
+    """(Â, R) of each response; 0 where it takes no part or has no value."""
     for name, value in (("gamma", gamma), ("gae_lambda", gae_lambda)):
         if not 0 <= value <= 1:
             raise ValueError(f"expected {name} in [0, 1], got {value}")
@@ -57,8 +63,8 @@ def gae_advantages(
     rewards = jnp.asarray(experience.response_rewards).astype(values.dtype)
     trajectory, turn = (jnp.asarray(x) for x in (experience.response_trajectory, experience.response_turn))
     count = jnp.shape(experience.returns)[0]
-    advantages = _backwards(rewards, values, known, trajectory, turn, count, gamma, gae_lambda)
-    return jnp.where(known, advantages, 0.0)
+    advantages, returns = _backwards(rewards, values, known, trajectory, turn, count, gamma, gae_lambda)
+    return jnp.where(known, advantages, 0.0), jnp.where(known, returns, 0.0)
 
 
 @partial(jax.jit, static_argnums=5)  # a loop outside jit would be compiled at every call
@@ -71,24 +77,27 @@ def _backwards(
     num_trajectories: int,
     gamma: float,
     gae_lambda: float,
-) -> jax.Array:
-    """Â of each response, from the last turn of all trajectories to the first."""
+) -> tuple[jax.Array, jax.Array]:
+    """(Â, R) of each response, from the last turn of all trajectories to the first."""
     inside = (trajectory >= 0) & (trajectory < num_trajectories)
     last = jnp.max(turn, where=inside, initial=-1)
     total = lambda x, rows: jax.ops.segment_sum(jnp.where(rows, x, 0.0), trajectory, num_trajectories)
 
     def one_turn(count: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        value_after, advantage_after, advantages = carry
+        value_after, advantage_after, return_after, advantages, returns = carry
         now = inside & (turn == last - count)
         reward, has_value = total(rewards, now), total(jnp.ones_like(rewards), now & known) > 0
         # Rows of padding share a trajectory and a turn with true ones; they have no reward and no value.
         ahead = reward + gamma * value_after
         value = jnp.where(has_value, total(values, now & known), ahead)
         advantage = (ahead - value) + gamma * gae_lambda * advantage_after
-        return value, advantage, jnp.where(now, take(advantage, trajectory, 0.0), advantages)
+        total_return = reward + gamma * ((1 - gae_lambda) * value_after + gae_lambda * return_after)
+        advantages = jnp.where(now, take(advantage, trajectory, 0.0), advantages)
+        returns = jnp.where(now, take(total_return, trajectory, 0.0), returns)
+        return value, advantage, total_return, advantages, returns
 
-    start = (jnp.zeros(num_trajectories, rewards.dtype),) * 2
-    return jax.lax.fori_loop(0, last + 1, one_turn, (*start, jnp.zeros_like(rewards)))[2]
+    start = (jnp.zeros(num_trajectories, rewards.dtype),) * 3
+    return jax.lax.fori_loop(0, last + 1, one_turn, (*start, *(jnp.zeros_like(rewards),) * 2))[3:]
 
 
 def gae(
@@ -128,12 +137,14 @@ def gae(
 def value_returns(experience: Experience, num_groups: int, *, gamma: float = 1.0, gae_lambda: float = 1.0) -> jax.Array:
     """The regression targets of values, λ-returns; neither whitened nor scaled by AEM.
 
-        R_k = Â_k + V_k
+        R_k = Â_k + V_k = r_k + γ ((1 − λ) V_{k+1} + λ R_{k+1})
+
+    Computed in the second form. With λ = 1 no value is rounded into it, so equal rewards to go are bitwise equal, and
+    `explained_variance` knows that there is no variance to explain.
 
     Args, Returns and Raises as `gae_advantages`.
     """
-    values, _ = _values(experience, num_groups)
-    return gae_advantages(experience, num_groups, gamma=gamma, gae_lambda=gae_lambda) + values
+    return _estimates(experience, num_groups, gamma, gae_lambda)[1]
 
 
 def explained_variance(values: ArrayLike, returns: ArrayLike, valid: ArrayLike) -> jax.Array:
@@ -154,8 +165,11 @@ def explained_variance(values: ArrayLike, returns: ArrayLike, valid: ArrayLike) 
     """
     values, returns, valid = float_array("values", values), float_array("returns", returns), jnp.asarray(valid)
     same_shape(values=values, returns=returns, valid=valid)
-    variance = jnp.var(returns, where=valid)
-    return jnp.where(variance > 0, 1 - jnp.var(returns - values, where=valid) / variance, jnp.nan)
+    weights, everywhere = valid.astype(returns.dtype), jnp.zeros(valid.shape, jnp.int32)
+    # Not jnp.var: the mean of equal numbers is rounded, and their variance would not be 0.
+    square = lambda x: jnp.sum(centred(x, weights, everywhere, 1) ** 2)
+    total = square(returns)
+    return jnp.where(total > 0, 1 - square(returns - values) / jnp.where(total > 0, total, 1.0), jnp.nan)
 
 
 def _values(experience: Experience, num_groups: int) -> tuple[jax.Array, jax.Array]:
