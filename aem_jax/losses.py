@@ -262,7 +262,9 @@ def clipped_value_loss(values: ArrayLike, old_values: ArrayLike, returns: ArrayL
     if not clip:
         return ValueLoss(0.5 * free, jnp.zeros(free.shape, jnp.bool_))
     bounded = (old + jnp.clip(values - old, -clip, clip) - returns) ** 2
-    return ValueLoss(0.5 * jnp.maximum(free, bounded), bounded > free)
+    # Inside the bounds both are equal up to rounding, which must not count as a clip.
+    beyond = jnp.abs(values - old) > clip
+    return ValueLoss(0.5 * jnp.maximum(free, bounded), beyond & (bounded > free))
 
 
 def k1(logprobs: ArrayLike, reference_logprobs: ArrayLike) -> jax.Array:

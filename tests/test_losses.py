@@ -67,6 +67,13 @@ def test_value_loss_golden():
         clipped_value_loss(values, old, returns, clip=-1.0)
 
 
+def test_rounding_is_no_clip_of_a_value():
+    rng = np.random.default_rng(0)
+    old = rng.normal(0, 0.2, 1000)
+    values = (old + rng.uniform(-0.4, 0.4, 1000)).astype(np.float32)
+    assert not clipped_value_loss(values, old.astype(np.float32), jnp.zeros(1000), clip=0.5).clipped.any()
+
+
 def test_on_policy_gradient_is_the_policy_gradient():
     logprobs, advantages = jnp.array([-0.1, -2.0, -7.0]), jnp.array([1.0, -2.0, 0.0])
     gradient = jax.grad(lambda x: clipped_at_a_fifth(x, logprobs, advantages).loss.sum())(logprobs)
