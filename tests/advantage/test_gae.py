@@ -159,14 +159,15 @@ def test_explained_variance_golden():
 @pytest.mark.parametrize("reward", [0.0, 0.3])
 def test_equal_returns_have_no_variance_to_explain_whatever_the_values(reward: float):
     e = random_experience(9)
-    assert e.response_values is not None
+    values = e.response_values
+    assert values is not None
     turns = np.bincount(e.response_trajectory, e.response_anchor >= 0, 8)
     last = (e.response_anchor >= 0) & (e.response_turn == turns[e.response_trajectory] - 1)
     e = e._replace(response_rewards=np.where(last, reward, 0.0).astype(np.float32))
     part = e.response_valid & e.valid[e.response_trajectory]
     returns = value_returns(e, 2)
     np.testing.assert_array_equal(returns, np.where(part, np.float32(reward), 0))
-    assert np.isnan(float(explained_variance(e.response_values, returns, part)))
+    assert np.isnan(float(explained_variance(values, returns, part)))
 
 
 def test_missing_or_invalid_arguments_are_named():
