@@ -98,7 +98,8 @@ class Batch:
         response_valid: bool[R], whether the row of the table is used, by a response with at least one token.
         returns: f32[N], undiscounted sum of rewards.
         group_ids: i32[N], rollout group.
-        valid: bool[N], whether the row of the table is used, by a trajectory that the environment did not break.
+        valid: bool[N], whether the row of the table is used, by a trajectory that is not left out
+            (`Trajectory.is_left_out`).
         truncated: bool[N], whether a limit ended it.
         trajectory_minibatch: i32[N], its minibatch; -1 where it is not packed.
         minibatch_ends: i32[K], minibatch j owns microbatches minibatch_ends[j - 1] … minibatch_ends[j] - 1.
@@ -234,8 +235,8 @@ def collate(
 ) -> Batch:
     """Packs trajectories into rows and tables.
 
-    Trajectories that ended in `env_error` keep their row in the table (valid = False) but are not packed, so none of
-    their tokens is computed. Trajectories that are not `in_loss` are not packed either, but they and their responses
+    Trajectories that ended in `env_error`, or without a turn because their first prompt was too long, keep their row in
+    the table (valid = False) but are not packed, so none of their tokens is computed. Trajectories that are not `in_loss` are not packed either, but they and their responses
     stay valid in the tables, for the statistics of their group. If nothing is packed, `num_microbatches` is 0.
 
     Args:
@@ -280,7 +281,7 @@ def collate(
         table["returns"][n] = trajectory.total_reward
         table["group_ids"][n] = trajectory.group
         table["truncated"][n] = trajectory.ending is Ending.TRUNCATED
-        if trajectory.ending is Ending.ENV_ERROR:
+        if trajectory.is_left_out:
             continue
         table["valid"][n] = True
         for k, turn in enumerate(trajectory.turns):
@@ -321,7 +322,7 @@ def collate(
 def _minibatches(trajectories: Sequence[Trajectory], N: int, K: int, seed: int | Sequence[int]) -> np.ndarray:
     """The minibatch of each trajectory: shuffled and assigned in turn, so that counts differ by at most one."""
     minibatch = np.full(N, -1, np.int32)
-    packed = [n for n, t in enumerate(trajectories) if t.in_loss and t.ending is not Ending.ENV_ERROR]
+    packed = [n for n, t in enumerate(trajectories) if t.in_loss and not t.is_left_out]
     minibatch[np.random.default_rng(seed).permutation(np.array(packed, np.int64))] = np.arange(len(packed)) % K
     return minibatch
 

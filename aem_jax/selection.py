@@ -152,9 +152,9 @@ class StepEpisodes:
 def select(trajectories: Sequence[Trajectory], rule: Rule) -> Selected:
     """The first groups with a learning signal, renumbered.
 
-    A group has a signal if two of its episodes differ in outcome and one of them is in the loss. Episodes broken by
-    their environment (`ENV_ERROR`) and truncated ones that are left out do not count, since they have no advantage.
-    Broken episodes stay in their group; `collate` masks them.
+    A group has a signal if two of its episodes differ in outcome and one of them is in the loss. Episodes that
+    statistics leave out (`Trajectory.is_left_out`) and truncated ones that the rule drops do not count, since they have
+    no advantage. The former stay in their group; `collate` masks them.
 
     Args:
         trajectories: episodes; the numbers of their groups give the groups' order.
@@ -180,8 +180,8 @@ def select(trajectories: Sequence[Trajectory], rule: Rule) -> Selected:
 
 
 def _differ(members: Sequence[Trajectory], outcome: Outcome) -> bool:
-    unbroken = [t for t in members if t.ending is not Ending.ENV_ERROR]
-    return len(set(map(outcome, unbroken))) > 1 and any(t.in_loss for t in unbroken)
+    played = [t for t in members if not t.is_left_out]
+    return len(set(map(outcome, played))) > 1 and any(t.in_loss for t in played)
 
 
 def play_rounds(
@@ -272,7 +272,7 @@ def _learnt(selected: Selected, played: list[Trajectory], stats: RolloutStats, r
     changes = [
         after.total_reward - before.total_reward
         for before, after in zip(chosen, penalised, strict=True)
-        if before.ending is not Ending.ENV_ERROR
+        if not before.is_left_out
     ]
     metrics = {
         "selection/rounds": rounds,

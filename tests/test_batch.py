@@ -125,6 +125,13 @@ def test_tables_of_a_hand_made_step():
     assert batch.num_microbatches == 1
 
 
+def test_an_episode_whose_first_prompt_was_too_long_is_in_no_statistics_of_its_group():
+    played = trajectory(turn([1], [2], 1.0), group=0)
+    batch = collate([played, trajectory(group=0, ending=Ending.TRUNCATED), trajectory(group=0)], LAYOUT)
+    assert batch.valid.tolist()[:3] == [True, False, True]  # the last one: ended by its environment, a return of 0
+    assert batch.trajectory_minibatch[1] == -1
+
+
 def test_an_anchor_is_the_first_response_to_an_observation_in_its_group():
     def episode(*texts, group, ending=Ending.TERMINATED):
         turns = [dataclasses.replace(turn([1], [2]), observation=text) for text in texts]

@@ -69,6 +69,12 @@ def test_the_first_groups_whose_outcomes_differ_are_kept_and_renumbered():
     assert sorted(numbers(select(shuffled, Rule(2, outcome=returned)))) == numbers(selected)
 
 
+def test_an_episode_whose_first_prompt_was_too_long_is_no_outcome():
+    too_long = Trajectory(Task("task-0", "look", {}), 0, 2, (), Ending.TRUNCATED, success=False)
+    assert select([*groups("1t1t"), too_long], Rule(1, outcome=returned)).groups == 0
+    assert select([*groups("1t0t"), too_long], Rule(1, outcome=returned)).groups == 1
+
+
 def test_groups_are_compared_by_the_outcome_of_the_rule():
     all_succeed = groups("1t2t", "1t0t")
     assert {t.task.id for t in select(all_succeed, Rule(2, outcome=succeeded)).trajectories} == {"task-1"}

@@ -35,7 +35,6 @@ from aem_jax.report.analysis import print_analysis, write_analysis
 from aem_jax.report.efficiency import print_efficiency, write_efficiency
 from aem_jax.rollout import check_some_played
 from aem_jax.sampler import Sampler
-from aem_jax.trajectory import Ending
 
 FOLDER = "analysis"
 """In the folder of the run."""
@@ -156,7 +155,7 @@ def _analysis(run: RunContext, params: Params, options: AnalyzeConfig, groups: i
     run.report("play", 0, groups * config.rollout.group_size, {})
     trajectories, stats = run.rollout(decode, tasks, play)
     check_some_played(trajectories, stats, "the analysis")
-    intact = [t for t in trajectories if t.ending is not Ending.ENV_ERROR]
+    intact = [t for t in trajectories if not t.is_left_out]
     layout = components.batch_layout(config, len(trajectories), 1, run.policy.config)
     batch = place(collate(trajectories, layout), run.mesh)
     # α as in the paper, also for a run without it or with an ablation of it: the claims are about this α.

@@ -47,7 +47,7 @@ from aem_jax.learner.gradients import (
 )
 from aem_jax.models import Params
 from aem_jax.rollout import check_some_played
-from aem_jax.trajectory import Ending, Trajectory
+from aem_jax.trajectory import Trajectory
 
 MAX_BYTES = 7 * 2**30
 """Largest total size of stored gradients."""
@@ -112,7 +112,7 @@ def measure(
         steps.append(step_of(run, state.params, trajectories, credits, values, jax.random.fold_in(key, number)))
         parts += [part_of(run, trajectories, {group}, number) for group in range(per_step)]
         states.append(_states(run, trajectories, len(steps[-1].tokens)))
-        played += [t for t in trajectories if t.ending is not Ending.ENV_ERROR]
+        played += [t for t in trajectories if not t.is_left_out]
     names = [name for name in known if name in compared]
     to_vector = partial(projected, size=sketch, key=jax.random.fold_in(key, count)) if sketch else flattened
     products, geometry = _products(run, state, steps, parts, names, to_vector, in_a_set, plain)
