@@ -236,8 +236,9 @@ def collate(
     """Packs trajectories into rows and tables.
 
     Trajectories that ended in `env_error`, or without a turn because their first prompt was too long, keep their row in
-    the table (valid = False) but are not packed, so none of their tokens is computed. Trajectories that are not `in_loss` are not packed either, but they and their responses
-    stay valid in the tables, for the statistics of their group. If nothing is packed, `num_microbatches` is 0.
+    the table (valid = False) but are not packed, so none of their tokens is computed. Trajectories that are not
+    `in_loss` are not packed either, but they and their responses stay valid in the tables, for the statistics of their
+    group. If nothing is packed, `num_microbatches` is 0.
 
     Args:
         trajectories: in any order and of either context; their order numbers the tables.
