@@ -8,6 +8,7 @@ import numpy as np
 from aem_jax.analysis.draws import Draws
 from aem_jax.analysis.estimates import (
     Estimate,
+    centred,
     mean,
     opposed,
     pearson,
@@ -88,8 +89,7 @@ def entropy_decomposition(draws: Draws) -> dict[str, Any]:
         states.
     """
     mean_entropy = draws.predictable / np.maximum(draws.tokens, 1)
-    centre = lambda values: values - values.mean(axis=1, keepdims=True)
-    own, relative = centre(mean_entropy), centre(draws.surprisal)
+    own, relative = centred(mean_entropy), centred(draws.surprisal)
     moments = ((own * relative).mean(axis=1), (own**2).mean(axis=1), (relative**2).mean(axis=1))
     return {
         "between": _plain(with_interval(share_between, mean_entropy.mean(axis=1), moments[1])),

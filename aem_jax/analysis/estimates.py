@@ -55,10 +55,16 @@ def predicted_drift(advantages: np.ndarray, relative: np.ndarray) -> np.ndarray:
 
 def pearson(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Pearson's r over the last axis; NaN where x or y is constant."""
-    x, y = x - x.mean(axis=-1, keepdims=True), y - y.mean(axis=-1, keepdims=True)
+    x, y = centred(x), centred(y)
     spread = np.sqrt((x * x).sum(axis=-1) * (y * y).sum(axis=-1))
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(spread > 0, (x * y).sum(axis=-1) / spread, np.nan)
+
+
+def centred(x: np.ndarray) -> np.ndarray:
+    """x minus its mean over the last axis; exactly 0 where x is constant, whose mean is rounded."""
+    above = x - x[..., :1]
+    return above - above.mean(axis=-1, keepdims=True)
 
 
 def opposed(x: np.ndarray, y: np.ndarray) -> np.ndarray:

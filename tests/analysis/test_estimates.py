@@ -28,7 +28,7 @@ def test_relative_surprisal_by_hand():
 def test_pearson_and_opposed_by_hand():
     # x - mean = -1, 0, 1; y - mean = -1, -1, 2: sum of products 3, norms sqrt(2) and sqrt(6)
     assert pearson(np.array([1.0, 2.0, 3.0]), np.array([0.0, 0.0, 3.0])) == pytest.approx(3 / 12**0.5)
-    assert np.isnan(pearson(np.ones(3), np.arange(3.0)))
+    assert all(np.isnan(pearson(np.full(n, x), np.arange(float(n)))) for n in (3, 6, 7) for x in (1.0, 0.1))
     # of four pairs one has a zero, two of the other three are opposed
     assert opposed(np.array([1.0, -1.0, 2.0, 0.0]), np.array([-1.0, 5.0, 2.0, 1.0])) == pytest.approx(2 / 3)
 
@@ -101,6 +101,9 @@ def test_entropy_decomposition_by_hand():
     one = Draws(np.array([[0.1, 2.3], [0.7, 0.7]]), np.array([[0.3, 0.3], [0.7, 0.7]]), np.ones((2, 2), int))
     result = entropy_decomposition(one)
     assert result["between"]["value"] == 1.0 and np.isnan(result["inside"]["value"])
+    # the same over 64 draws of three tokens, two of them certain: means of thirds are rounded
+    many = Draws(np.random.default_rng(0).random((2, 64)), np.repeat([[0.3], [0.7]], 64, 1), np.full((2, 64), 3))
+    assert np.isnan(entropy_decomposition(many)["inside"]["value"])
 
 
 def test_drift_by_hand():
