@@ -135,9 +135,11 @@ def make_live(run: RunContext) -> Callable[[TrainState, Sequence[Trajectory], ja
         e = (⟨g_A, u_B⟩ + ⟨g_B, u_A⟩) / ‖g_A + g_B‖      ρ = e of AEM / e of the base      A, B: halves of the groups
 
     g_A + g_B is the step's gradient with the rule, and u_A is the estimate of ∇J from half A. AEM is that of the run;
-    with a strength of 0, that of strength 1. It computes three gradients of each half. One step's ρ is noisy: average
-    the two gains over steps before you divide them. There are no metrics where the step has fewer than two groups. ρ is
-    NaN where the gain of the base algorithm is 0 or not defined: where no group of a half has different returns.
+    with a strength of 0, that of strength 1. u is estimated from the step's episodes after their selection: with
+    `selection.truncated` mask or drop it lacks those that ended at a limit, and is biased. It computes three gradients
+    of each half. One step's ρ is noisy: average the two gains over steps before you divide them. There are no metrics
+    where the step has fewer than two groups. ρ is NaN where the gain of the base algorithm is 0 or not defined: where
+    no group of a half has different returns.
     """
     config = run.config
     every = rules(config.algorithm, config.aem.min_range)
