@@ -53,7 +53,7 @@ def make_update(policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh, max_
         its frozen parts. `advantages` are f32[M, b, T]. `reference` are the reference policy's logprobs, f32[M, b, T]
         (`make_token_logprobs`), given exactly if kl_coefficient > 0. `values` are the value head's targets, given
         exactly if the policy has one.
-        metrics, f32[] each; means over tokens of all optimizer steps, unless stated otherwise:
+        metrics, f32[] each; means over tokens of all optimizer steps (NaN without tokens), unless stated otherwise:
             loss, grad_norm (of all trainable parameters, before the clip), learning_rate (of the last optimizer step);
             clip_fraction (share of tokens whose ratio was clipped), ratio_mean, ratio_max;
             kl_sampler (of the sampler's distribution from the policy's), kl_reference (of the policy's from the
@@ -395,32 +395,30 @@ def microbatch_loss(
 
 
 def summarize(metrics: Metrics, num_epochs: int) -> Metrics:
-    """[optimizer steps] sums over tokens → the update's means, maxima and last values."""
-    experts = expert_metrics(metrics)
+    """[optimizer steps] sums over tokens → the update's means, maxima and last values; NaN without tokens."""
+    count = jnp.sum(metrics["tokens"])
+    measured = lambda value: jnp.where(count > 0, value, jnp.nan)
+    experts = {name: measured(value) for name, value in expert_metrics(metrics).items()}
     metrics = {name: value for name, value in metrics.items() if not name.startswith("expert_")}
-    count = metrics["tokens"]
-    mean = lambda sums, counts: jnp.sum(sums) / jnp.maximum(jnp.sum(counts), 1.0)
-    summary = {name: mean(value, count) for name, value in metrics.items() if not name.startswith("parity_")}
+    summary = {name: jnp.sum(value) / count for name, value in metrics.items() if not name.startswith("parity_")}
     summary |= {
-        "tokens": jnp.sum(count) / num_epochs,
+        "tokens": count / num_epochs,
         "skipped": jnp.sum(metrics["skipped"]),
         "learning_rate": metrics["learning_rate"][-1],
     }
     if "parity_mean" in metrics:
-        summary |= {"ratio_max": jnp.max(metrics["ratio_max"]), **_parity(metrics)}
+        summary |= {"ratio_max": measured(jnp.max(metrics["ratio_max"])), **_parity(metrics)}
     return summary | experts
 
 
 def _parity(metrics: Metrics) -> Metrics:
-    """Parity of the first optimizer step, by age where tokens have one."""
+    """Parity of the first optimizer step, by age where tokens have one; NaN without tokens."""
     first = {name: value[0] for name, value in metrics.items()}
-    if "parity_tokens" not in first:
-        mean = first["parity_mean"] / jnp.maximum(first["tokens"], 1.0)
-        return {"parity_max": first["parity_max"], "parity_mean": mean}
+    first.setdefault("parity_tokens", first["tokens"])
     result = {}
     for name in (name.removesuffix("_tokens") for name in first if name.startswith("parity_") and "_tokens" in name):
         count = first[f"{name}_tokens"]
-        result[f"{name}_mean"] = first[f"{name}_mean"] / count  # NaN without tokens
+        result[f"{name}_mean"] = first[f"{name}_mean"] / count
         result[f"{name}_max"] = jnp.where(count > 0, first[f"{name}_max"], jnp.nan)
     return result
 

@@ -295,6 +295,9 @@ def test_a_batch_of_nothing_and_a_gradient_of_nan_leave_the_parameters_alone():
         assert_trees_close(state.params, before.params, rtol=0)
         assert_trees_close(state.opt_state, before.opt_state, rtol=0)
         assert state.step == 1 and stats["skipped"] == 1
+        # without a token nothing was measured
+        measured = set(stats) - {"tokens", "skipped", "learning_rate"}
+        assert fill or all(np.isnan(stats[name]) for name in measured)
 
 
 def test_a_batch_cut_otherwise_than_configured_is_refused():
