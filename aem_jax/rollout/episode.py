@@ -176,6 +176,18 @@ class Episode:
         """Tokens sampled so far, of all responses."""
         return sum(len(turn.response_ids) for turn in self.turns) + sum(len(ids) for ids, *_ in self.response)
 
+    def next_index(self, response_tokens: int) -> int:
+        """Index in the key's sequence of the next token, where responses may have been cut short (context "tree").
+
+        How many tokens were sampled behind a stop text depends on the clock. Nobody received them, so their indices
+        are used again. A cancelled response takes all the indices that it may have used: its client has seen it.
+
+        Args:
+            response_tokens: most tokens of a response.
+        """
+        cancelled = self.num_prompts - 1 - len(self.turns)
+        return self.num_sampled + cancelled * response_tokens
+
     @property
     def response_ids(self) -> list[int]:
         """Ids of the response being sampled."""

@@ -311,6 +311,7 @@ class SlotGroup:
         if not pending:
             return
         self._restart({slot: episode for slot, episode in pending.items() if slot in self._stale}, job)
+        self._drop_surplus({slot: episode for slot, episode in pending.items() if episode.has_surplus})
         prompts = {slot: episode.context_ids for slot, episode in pending.items()}
         keep = {slot: 0 if slot in self._stale else episode.num_kept for slot, episode in pending.items()}
         for prefill_pass in self._plan_passes(prompts, keep):
@@ -347,13 +348,23 @@ class SlotGroup:
             episode = self.episodes[slot]
             assert episode is not None
             source[slot] = prefill_pass.source.get(slot, -1)
-            if source[slot] >= 0 or kept < len(episode.cached_ids) or episode.has_surplus:
+            if source[slot] >= 0 or kept < len(episode.cached_ids):
                 keep[slot] = kept
         if prefill_pass.source:
             window = sampler.window_for(max(prefill_pass.keep[slot] for slot in prefill_pass.source))
             self.state = sampler.copy_prefix(self.state, source, keep, window=window)
         elif (keep < sampler.capacity).any():
             self.state = sampler.rewind(self.state, keep)
+
+    def _drop_surplus(self, cut: Mapping[int, Episode]) -> None:
+        """Truncates slots to the responses that were received; samples go on as if nothing more had been sampled."""
+        if not cut:
+            return
+        num_slots = len(self.episodes)
+        keep, sampled = np.full(num_slots, self._sampler.capacity, np.int32), np.full(num_slots, -1, np.int32)
+        for slot, episode in cut.items():
+            keep[slot], sampled[slot] = len(episode.cached_ids), episode.next_index(self._config.response_tokens)
+        self.state = self._sampler.rewind(self.state, keep, sampled)
 
     def _restart(self, outdated: Mapping[int, Episode], job: Job) -> None:
         """Empties slots that are out of date."""

@@ -306,14 +306,16 @@ class Sampler:
         window = min(self._check_window(window), prompts.cache.length)
         return self._fork(state, prompts, source, prng, window=window)
 
-    def rewind(self, state: SamplerState, keep: HostArray) -> SamplerState:
+    def rewind(self, state: SamplerState, keep: HostArray, sampled: HostArray | None = None) -> SamplerState:
         """Truncates each slot to its first `keep[s]` cached tokens, before an `extend`. `state` is donated.
 
         Args:
             state: the slots.
             keep: i32[S]; larger than a slot's length leaves it as it is.
+            sampled: i32[S], index of the next token in the key's sequence; -1, and by default, as if nothing had been
+                truncated.
         """
-        return self._rewind(state, keep)
+        return self._rewind(state, keep, np.full(len(keep), -1, np.int32) if sampled is None else sampled)
 
     def restart(self, state: SamplerState, chosen: HostArray, prng: HostArray, sampled: HostArray) -> SamplerState:
         """Empties slots, so that `extend` can compute episodes under way again. `state` is donated.

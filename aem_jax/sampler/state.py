@@ -178,6 +178,10 @@ def copy_prefix(state: SamplerState, source: Array, keep: Array, *, length: int)
     )
 
 
-def rewind(state: SamplerState, keep: Array) -> SamplerState:
-    """Truncates each slot to its first `keep[s]` i32[S] tokens."""
-    return replace(state, lengths=jnp.minimum(state.lengths, keep))
+def rewind(state: SamplerState, keep: Array, sampled: Array) -> SamplerState:
+    """Truncates each slot to its first `keep[s]` tokens, and sets `sampled` unless it is -1; both i32[S]."""
+    return replace(
+        state,
+        lengths=jnp.minimum(state.lengths, keep),
+        sampled=jnp.where(sampled >= 0, sampled, state.sampled),
+    )

@@ -9,6 +9,7 @@ import pytest
 from aem_jax.batch import BatchLayout, collate
 from aem_jax.rollout import Rollout
 from aem_jax.trajectory import Ending
+from tests.rollout.fakes import sampled
 from tests.rollout.parity import check_parity
 
 from .fakes import AGENT_TASKS, TREE, RequestChat, agents
@@ -41,6 +42,14 @@ def test_a_response_ends_before_a_stop_text(sampler, params, mode):
     assert all(not set(text[:-1]) & set("aeiou") for text in texts)
     assert any(text and text[-1] in "aeiou" for text in texts)  # its own token is the last that counts
     check_parity(params, trajectories)
+
+
+def test_what_follows_a_stop_text_does_not_depend_on_how_soon_it_is_noticed(sampler, params):
+    """In chunks of one token, more or fewer of them were sampled behind it before the next request came."""
+    expected, _ = play(sampler, params, "stops", mode="lockstep")
+    for chunk in (1, 4):
+        trajectories, _ = play(sampler, params, "stops", decode_chunk=chunk)
+        assert sampled(trajectories) == sampled(expected)
 
 
 @pytest.mark.parametrize("mode", ["continuous", "lockstep"])
