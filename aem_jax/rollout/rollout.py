@@ -88,7 +88,7 @@ class Rollout:
                         params, group.state, zeros, config.decode_chunk, slots, window=window
                     )
         zeros = np.zeros(num_slots, np.int32)
-        for window in sampler.windows if config.context == "window" else ():
+        for window in sampler.windows if config.context != "append" else ():  # see `SlotGroup._plan_passes`
             group.state = sampler.copy_prefix(group.state, zeros - 1, zeros, window=window)
         group.state = sampler.rewind(group.state, zeros)
         if sampler.records_experts:

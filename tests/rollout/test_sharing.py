@@ -64,14 +64,20 @@ def test_processes_copy_the_same_prefixes(sampler, params):
 
 
 @pytest.mark.parametrize(
-    ("config", "windows"), [(replace(LOCKSTEP, num_slots=6, num_cohorts=2), [32]), (CONTINUOUS, [])]
+    ("config", "windows"),
+    [
+        (replace(LOCKSTEP, num_slots=6, num_cohorts=2), [32]),
+        (CONTINUOUS, []),
+        (replace(LOCKSTEP, context="compact"), [32]),
+    ],
 )
 def test_nothing_compiles_after_warm_up(params, config, windows):
     sampler = cold(*windows)
     rollout = Rollout(sampler, ByteChat(), LocalPool(12), config)
     rollout.warm_up(params)
+    programs = sampler.compilations
     rollout(params, TASKS, jax.random.key(0))
-    programs, count = sampler.compilations, compilations()
+    count = compilations()
     for seed in (1, 2):
         rollout(params, list(reversed(TASKS)), jax.random.key(seed))
     assert (sampler.compilations, compilations()) == (programs, count)
