@@ -236,7 +236,7 @@ def _call(call: Any, where: str) -> Mapping[str, Any]:
     arguments = function.get("arguments", "") if isinstance(function, Mapping) else ""
     try:
         mapping = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except ValueError:
+    except (ValueError, RecursionError):
         mapping = None
     arguments = mapping if isinstance(mapping, Mapping) else arguments
     return {"id": call.get("id", ""), "type": "function", "function": {"name": name, "arguments": arguments}}

@@ -3,7 +3,6 @@
 import asyncio
 import itertools
 import json
-import math
 import socket
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
@@ -17,6 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from aem_jax.envs.serving.plain import number
 from aem_jax.gateway.requests import ApiError, ChatRequest, Completion, SampledAs, chunk, parse_request
 from aem_jax.gateway.session import MODEL, Part
 
@@ -169,7 +169,7 @@ def parse_reward(value: Any, where: str) -> dict[str, Any]:
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and number(value) is not None  # a batch has float32
 
 
 async def _body(request: Request) -> Any:

@@ -258,7 +258,7 @@ class Session:
                 )
             try:
                 placement = self._tree.place(request)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ApiError(str(error), param="messages") from error
             length = len(placement.prompt_ids)
             if length >= limits.context_tokens:

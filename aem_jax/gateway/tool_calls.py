@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from aem_jax.files import valid_json
+
 ToolFormat = Literal["hermes", "llama3", "plain"]
 
 _CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
@@ -94,8 +96,8 @@ def parse_calls(text: str, format: ToolFormat, prefix: str) -> tuple[str, list[T
 
 def _object(text: str) -> Any:
     try:
-        return json.loads(text)
-    except ValueError:
+        return valid_json(json.loads(text))
+    except (ValueError, RecursionError):
         return None
 
 
@@ -105,9 +107,9 @@ def _objects(text: str) -> list[Any]:
     while at < len(text):
         try:
             value, at = decoder.raw_decode(text, at)
-        except ValueError:
+            values.append(valid_json(value))
+        except (ValueError, RecursionError):
             return [None]
-        values.append(value)
         while at < len(text) and (text[at].isspace() or text[at] == ";"):
             at += 1
     return values

@@ -337,7 +337,10 @@ def test_a_client_of_an_episode_that_ends_is_refused(gateway):
 
 @pytest.mark.parametrize(
     "reward",
-    [{}, {"reward": "much"}, {"reward": float("nan")}, {"reward": 1, "success": "yes"}, {"reward": 1, "score": []}],
+    [
+        *({}, {"reward": "much"}, {"reward": float("nan")}, {"reward": 1e39}, {"reward": 10**400}),
+        *({"reward": 1, "success": "yes"}, {"reward": 1, "score": []}),
+    ],
 )
 def test_a_reward_is_checked(gateway, reward):
     with episode(gateway) as (key, session):
