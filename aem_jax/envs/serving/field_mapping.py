@@ -133,7 +133,8 @@ def _message(data: Mapping[str, Any]) -> str:
     """Returns an error's message, followed by OpenEnv's validation errors, which are in a separate field."""
     errors = data.get("errors")
     findings = [entry for entry in errors if isinstance(entry, dict)] if isinstance(errors, list) else []
-    where = [f"{'.'.join(map(str, entry.get('loc', ())))}: {entry.get('msg', '')}" for entry in findings[:3]]
+    place = lambda loc: ".".join(map(str, loc)) if isinstance(loc, list) else str(loc or "")
+    where = [f"{place(entry.get('loc'))}: {entry.get('msg', '')}" for entry in findings[:3]]
     return "; ".join([str(data.get("message", "no message")), *where])
 
 

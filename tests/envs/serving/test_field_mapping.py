@@ -153,7 +153,7 @@ def test_an_error_among_invalid_codes_is_an_invalid_action():
 
 
 def test_an_error_without_details_is_only_its_message():
-    for errors in (None, 7, [], ["x"], [{}]):
+    for errors in (None, 7, [], ["x"], [{}], [{"loc": 7}], [{"loc": None}], [{"loc": {}}]):
         with pytest.raises(RefusedError) as error:
             decode_result(encode_error("SESSION_ERROR", "no", errors=errors), FieldMapping())
         assert error.value.message.startswith("no")
