@@ -63,6 +63,8 @@ class Conversations:
             async with aclosing(session.complete(request)) as parts:
                 async for part in parts:
                     yield part
+        except ApiError as error:
+            raise _closed() if self.is_closed else error from None
         finally:
             if not session.ended:
                 if session.is_new:  # the request was refused
@@ -73,13 +75,13 @@ class Conversations:
 
     async def _take(self, request: ChatRequest) -> Session:
         """The session that a request continues, or a free one."""
-        if self.is_closed:
-            raise ApiError("the endpoint is being closed", status=503)
         continued = [session for session in self._idle if session.continues(request)]
         if continued:
             del self._idle[continued[-1]]
             return continued[-1]
-        while not self._free:
+        while self.is_closed or not self._free:
+            if self.is_closed:
+                raise _closed()
             if self._idle:
                 session = next(iter(self._idle))
                 del self._idle[session]
@@ -134,10 +136,16 @@ class Conversations:
         return self._all[session].without_response()
 
     def close(self) -> None:
-        """Ends all conversations, so that the rollout ends. In the loop."""
+        """Ends all conversations and waiting requests, so that the rollout ends. In the loop."""
         self.is_closed = True
         for session in self._all.values():
             session.fail(EnvError("the endpoint is being closed"))
+        while self._waiting:
+            self._wake()
+
+
+def _closed() -> ApiError:
+    return ApiError("the endpoint is being closed", status=503)
 
 
 class Endless:

@@ -154,11 +154,16 @@ def serve_policy(model: str | Path, config: EndpointConfig = EndpointConfig()) -
     conversations.loop = gateway.loop
     root = jax.random.key(config.seed)
     attempts = Endless(lambda number: np.asarray(jax.random.key_data(jax.random.fold_in(root, number))))
-    play = threading.Thread(
-        target=rollout.serve, args=(params, attempts, lambda: conversations.is_closed), name="endpoint", daemon=True
-    )
-    play.start()
-    return ServedPolicy(gateway, conversations, play)
+
+    def play() -> None:
+        try:
+            rollout.serve(params, attempts, lambda: conversations.is_closed)
+        finally:  # if it failed, its clients would wait for ever
+            gateway.loop.call_soon_threadsafe(conversations.close)
+
+    thread = threading.Thread(target=play, name="endpoint", daemon=True)
+    thread.start()
+    return ServedPolicy(gateway, conversations, thread)
 
 
 def _load(path: Path, name: str, config: EndpointConfig, mesh: Mesh) -> tuple[Policy, Params, ChatTokenizer]:

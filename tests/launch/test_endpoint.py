@@ -1,5 +1,6 @@
 """The command `endpoint`: a model of files behind OpenAI's interface."""
 
+import threading
 from pathlib import Path
 
 import jax
@@ -44,6 +45,37 @@ def test_a_model_answers_with_the_weights_that_sampling_says(weights, tmp_path: 
     logprobs = [token["logprob"] for token in answer["choices"][0]["logprobs"]["content"]]
     assert 1 <= len(logprobs) <= 4 and np.isfinite(logprobs).all()
     assert [policy.int8 for policy in policies] == [weights == "int8"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_rollout_that_fails_leaves_no_client_waiting(tmp_path: Path, monkeypatch):
+    chat = ChatTokenizer.train(["a cup is on the shelf"] * 4, vocab_size=300)
+    chat.save_pretrained(tmp_path / "tokenizer")
+    config = ModelConfig(320, 32, 64, 1, 2, 2, 16, tied_head=True)
+    params = Policy(config).init(jax.random.key(0))
+    save_pretrained(tmp_path / "model", config, params, source=tmp_path / "tokenizer", stop_ids=chat.stop_ids)
+
+    def fails(self, *args, **settings):
+        raise RuntimeError("broken on purpose")
+
+    monkeypatch.setattr(Sampler, "decode", fails)
+    monkeypatch.setattr(endpoint.Rollout, "warm_up", lambda self, params: None)
+    settings = EndpointConfig(port=0, dtype="float32", rollout=ROLLOUT)
+    body, refused = {"messages": [{"role": "user", "content": "where is the cup?"}]}, []
+
+    def ask():
+        with pytest.raises(agents.Refused, match="the endpoint is being closed") as caught:
+            agents.post("/chat/completions", body, "any", served.url)
+        refused.append(caught.value.status)
+
+    with serve_policy(tmp_path / "model", settings) as served:
+        clients = [threading.Thread(target=ask, daemon=True) for _ in range(12)]  # more than slots
+        for client in clients:
+            client.start()
+        for client in clients:
+            client.join(60)
+        assert not served.is_alive
+    assert refused == [503] * 12
 
 
 def test_a_tokenizer_beyond_the_embedding_is_refused(tmp_path: Path):
