@@ -17,6 +17,7 @@ import importlib.util
 import inspect
 import json
 import os
+import resource
 import selectors
 import signal
 import sys
@@ -35,6 +36,7 @@ _RESULT_BYTES = 2**21
 """Longest result of a function, as JSON. A report is one line, in which a byte may take six characters; `harness` reads
 lines of at most 16 MiB."""
 _SHOWN_BYTES = 2000
+_MAX_OPEN = 16384  # files, three for each agent; the usual limit of 1,024 would end the launcher at some 340 agents
 
 
 @dataclass
@@ -98,6 +100,9 @@ class Launcher:
         self._selector = selectors.DefaultSelector()
         self._buffer = b""
         self._prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None  # loaded before the forks
+        self._open_limits = soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if 0 <= soft < (wanted := _MAX_OPEN if hard < 0 else min(_MAX_OPEN, hard)):  # below 0: no limit
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
     def run(self) -> None:
         """Serves until standard input ends."""
@@ -183,6 +188,7 @@ class Launcher:
         os.closerange(3, result if result >= 0 else os.sysconf("SC_OPEN_MAX"))
         if result >= 0:
             os.closerange(result + 1, os.sysconf("SC_OPEN_MAX"))
+        resource.setrlimit(resource.RLIMIT_NOFILE, self._open_limits)  # more would break programs that use `select`
         os.environ.update(request["environ"])
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGINT, signal.SIGCHLD):
@@ -214,11 +220,10 @@ class Launcher:
         except BlockingIOError:
             return False
         kept = agent.read.setdefault(name, bytearray())
+        if name != "result" or len(kept) <= _RESULT_BYTES:
+            kept += data
         if name != "result":
-            kept += data
             del kept[:-_KEPT_BYTES]
-        elif len(kept) <= _RESULT_BYTES:
-            kept += data
         if not data:
             self._close_pipe(agent, name)
         return bool(data)
@@ -283,10 +288,8 @@ def main() -> None:
         make_first_request()
     except BaseException as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
-        if where.filename == __file__:  # the setting itself is wrong
-            failed = str(error)
-        else:
-            failed = f"{type(error).__name__}: {error} (line {where.lineno} of {where.filename})"
+        full = f"{type(error).__name__}: {error} (line {where.lineno} of {where.filename})"
+        failed = str(error) if where.filename == __file__ else full  # here: the setting itself is wrong
         write_all(reports, json.dumps({"failed": failed}).encode() + b"\n")
         return
     write_all(reports, b'{"ready": true}\n')

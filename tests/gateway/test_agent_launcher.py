@@ -1,15 +1,21 @@
 """The process that starts agents: what one agent returns does no harm to others."""
 
 import json
+import resource
 import subprocess
 import sys
 
 AGENT = """
+import resource
 import time
 
 def play(task):
     time.sleep(task["seconds"])
     return {"reward": 1.0, "log": "x" * task["bytes"]}
+
+def limit(task):
+    time.sleep(1.0)
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 """
 
 
@@ -33,3 +39,20 @@ def test_a_large_result_is_reported_and_a_larger_one_is_an_error_of_its_own_agen
     assert json.loads(reports["large"]["result"])["log"] == "x" * 100_000 and not reports["large"]["errors"]
     assert reports["larger"]["result"] == ""
     assert reports["larger"]["errors"] == "expected a result of at most 2097152 bytes of JSON, got more\n"
+
+
+def test_more_agents_play_than_the_usual_limit_of_open_files_allows(tmp_path):
+    (tmp_path / "agent.py").write_text(AGENT)
+    words = [sys.executable, "-m", "aem_jax.gateway.agent_launcher", "--function", f"{tmp_path}/agent.py:limit"]
+    few = lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True, preexec_fn=few) as launcher:
+        assert launcher.stdin and launcher.stdout
+        for number in range(30):
+            request = {"id": str(number), "task": {}, "environ": {}, "timeout_s": 20.0}
+            launcher.stdin.write(json.dumps(request) + "\n")
+        launcher.stdin.flush()
+        assert json.loads(launcher.stdout.readline()) == {"ready": True}
+        reports = [json.loads(launcher.stdout.readline()) for _ in range(30)]
+        launcher.stdin.close()
+    assert {(report["status"], report["result"]) for report in reports} == {(0, "64")}  # agents have their own limit
