@@ -9,7 +9,7 @@ session with one environment, and every request gets exactly one reply, in order
 """
 
 import contextlib
-import math
+import sys
 import threading
 import traceback
 from collections.abc import Iterator, Mapping
@@ -109,7 +109,9 @@ class StepResult:
     def score(self) -> float:
         """The task's own score. A task without one has the score 1 if it is won, else 0."""
         score = self.info.get("score")
-        return float(score) if isinstance(score, (int, float)) and math.isfinite(score) else float(self.won)
+        if isinstance(score, (int, float)) and abs(score) <= sys.float_info.max:  # an integer may be larger
+            return float(score)
+        return float(self.won)
 
 
 class Environment(Protocol):

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from aem_jax.envs.serving.plain import number
 from aem_jax.gateway.tool_calls import ToolCall
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -170,7 +171,7 @@ _CHECKED = {
 
 def _number(values: Mapping[str, Any], name: str, default: float) -> float:
     value = values.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or number(value) is None:
         raise ApiError(f"{name} must be a number, got {value!r:.80}", param=name)
     return value
 

@@ -97,6 +97,7 @@ def test_other_paths(gateway):
         ),
         ({"messages": HELLO, "temperature": 0.2}, "temperature", "must be 1, as the run samples, got 0.2"),
         ({"messages": HELLO, "temperature": "hot"}, "temperature", "must be a number"),
+        ({"messages": HELLO, "temperature": 10**400}, "temperature", "must be a number"),
         ({"messages": HELLO, "top_p": 0.9}, "top_p", "must be 1"),
         ({"messages": HELLO, "n": 2}, "n", "must be 1, got 2"),
         ({"messages": HELLO, "logit_bias": {"1": 5}}, "logit_bias", "leave it out"),

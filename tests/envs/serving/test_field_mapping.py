@@ -132,6 +132,9 @@ def test_a_last_reward_above_a_threshold_wins(reward, done, won):
 def test_a_score_is_the_tasks_own():
     mapping = replace(BARE, score_field="score")
     assert decode_result(reply({"text": "x", "score": 0.25}, 1, True), mapping).score == 0.25
+    for bad in (10**400, "much", None):
+        told = reply({"text": "x", "info": {"score": bad}})
+        assert decode_result(told, replace(BARE, info_field="info")).score == 0.0
     open_ = decode_result(reply({"text": "x", "score": None}), mapping)
     assert "score" not in open_.info and open_.score == 0.0
     for bad in ("1", float("nan")):
