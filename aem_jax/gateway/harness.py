@@ -202,6 +202,13 @@ def _parsed(value: Any, where: str, error_type: type[EnvError] = _AgentError) ->
         raise error_type(str(error)) from error
 
 
+def _no_proxy(host: str) -> dict[str, str]:
+    """Variables that keep agents' clients from calling the endpoint through the proxy of this machine's environment."""
+    known = os.environ.get("no_proxy") or os.environ.get("NO_PROXY", "")
+    hosts = known if known.strip() == "*" else ",".join(filter(None, [host, "127.0.0.1", known]))
+    return {"no_proxy": hosts, "NO_PROXY": hosts}
+
+
 class _Agents:
     """The agents' processes, started by a launcher. All methods but `kill` run in the loop."""
 
@@ -229,7 +236,7 @@ class _Agents:
                 *(sys.executable, "-m", "aem_jax.gateway.agent_launcher", *what),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, roots))},
+                env={**os.environ, **_no_proxy(config.host), "PYTHONPATH": os.pathsep.join(filter(None, roots))},
                 start_new_session=True,
                 limit=2**24,
             )

@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 import urllib.parse
+import urllib.request
 import zlib
 from typing import Any
 
@@ -61,6 +62,18 @@ def play(task: Any, answer=chat) -> float:
         total += result.reward
         messages += [message, {"role": "user", "content": result.observation}]
     return total
+
+
+def through_a_proxy(task: Any) -> float:
+    """Plays with a client that reads the proxy of its environment, as those of `openai` and `requests` do."""
+
+    def answer(messages: list[Any]) -> dict[str, Any]:
+        url, headers = os.environ["OPENAI_BASE_URL"], {"Authorization": f"Bearer {os.environ['OPENAI_API_KEY']}"}
+        data = json.dumps({"messages": messages}).encode()
+        with urllib.request.urlopen(urllib.request.Request(f"{url}/chat/completions", data, headers)) as response:
+            return json.load(response)["choices"][0]["message"]
+
+    return play(task, answer)
 
 
 def as_streams(task: Any) -> float:

@@ -54,6 +54,14 @@ def test_a_command_gets_the_task_and_prints_the_reward(sampler, params, native):
     assert [t.total_reward for t in trajectories] == pytest.approx([t.total_reward for t in native])
 
 
+def test_agents_call_the_endpoint_directly_where_there_is_a_proxy(sampler, params, native, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("NO_PROXY", "example.org")
+    with agents("through_a_proxy") as pool:
+        trajectories, _ = play(sampler, params, pool)
+    assert sampled(trajectories) == sampled(native)
+
+
 @pytest.mark.parametrize(
     ("agent", "why"),
     [
