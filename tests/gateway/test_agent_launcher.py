@@ -1,7 +1,6 @@
 """The process that starts agents: what one agent returns does no harm to others."""
 
 import json
-import resource
 import subprocess
 import sys
 
@@ -44,9 +43,8 @@ def test_a_large_result_is_reported_and_a_larger_one_is_an_error_of_its_own_agen
 def test_more_agents_play_than_the_usual_limit_of_open_files_allows(tmp_path):
     (tmp_path / "agent.py").write_text(AGENT)
     words = [sys.executable, "-m", "aem_jax.gateway.agent_launcher", "--function", f"{tmp_path}/agent.py:limit"]
-    few = lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-    pipe = subprocess.PIPE
-    with subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True, preexec_fn=few) as launcher:
+    pipe, few = subprocess.PIPE, ["sh", "-c", 'ulimit -S -n 64; exec "$@"', "sh"]
+    with subprocess.Popen([*few, *words], stdin=pipe, stdout=pipe, text=True) as launcher:
         assert launcher.stdin and launcher.stdout
         for number in range(30):
             request = {"id": str(number), "task": {}, "environ": {}, "timeout_s": 20.0}
