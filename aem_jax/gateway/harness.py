@@ -21,7 +21,7 @@ from aem_jax.envs.harness.suite import HarnessConfig
 from aem_jax.envs.protocol import EnvError, LostError, StepResult, describe_raised
 from aem_jax.gateway.agent_launcher import load
 from aem_jax.gateway.requests import ApiError, SampledAs
-from aem_jax.gateway.server import Gateway, parse_reward
+from aem_jax.gateway.server import Gateway, bind, parse_reward
 from aem_jax.gateway.session import MODEL, Episodes, Limits, Session
 from aem_jax.gateway.tree import RequestTokenizer
 
@@ -74,7 +74,7 @@ class HarnessPool:
         self._reward: Reward | None = load(config.reward) if config.reward else None
         self._played: dict[int, _Played] = {}
         self._episodes = Episodes(tokenizer, limits)
-        self._gateway = Gateway(self._episodes, sampled, config.host, config.port)
+        self._gateway = Gateway(self._episodes, sampled, bind(config.host, config.port))
         self._agents = _Agents(config, self._gateway.loop)
         try:
             self._gateway.submit(self._agents.start()).result()

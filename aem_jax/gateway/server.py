@@ -49,26 +49,43 @@ class Backend(Protocol):
         ...
 
 
+def bind(host: str = "127.0.0.1", port: int = 0) -> socket.socket:
+    """Reserves an address. Clients are refused until a `Gateway` listens on it.
+
+    Args:
+        host: name or address of an interface of this host.
+        port: 0: any free one.
+
+    Raises:
+        OSError: the address is taken, or is none of this host.
+    """
+    reserved = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of an earlier process may linger
+        reserved.bind((host, port))
+    except OSError as error:
+        reserved.close()
+        raise OSError(error.errno, f"cannot listen on {host} port {port}: {error.strerror or error}") from error
+    return reserved
+
+
 class Gateway:
     """Serves the endpoint until it is closed.
 
     Args:
         backend: answers the requests.
         sampled: how it samples.
-        host: address to listen on.
-        port: 0: any free one.
-
-    Raises:
-        OSError: the address cannot be listened on.
+        address: from `bind`; by default any free port of this host.
     """
 
-    def __init__(self, backend: Backend, sampled: SampledAs, host: str = "127.0.0.1", port: int = 0) -> None:
+    def __init__(self, backend: Backend, sampled: SampledAs, address: socket.socket | None = None) -> None:
         self._backend, self._sampled = backend, sampled
         self._numbers = itertools.count()  # of responses: clients tell them apart by their ids
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._socket = socket.create_server((host, port), family=family, backlog=1024)
+        self._socket = address or bind()
+        self._socket.listen(1024)
+        host, port, *_ = self._socket.getsockname()
         shown = f"[{host}]" if ":" in host else host
-        self.url: str = f"http://{shown}:{self._socket.getsockname()[1]}/v1"
+        self.url: str = f"http://{shown}:{port}/v1"
         """Base URL of the API."""
         routes = [
             Route("/v1/chat/completions", self._complete, methods=["POST"]),

@@ -2,6 +2,7 @@
 
 import logging
 import signal
+import socket
 import threading
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from aem_jax.distributed.config import RuntimeConfig
 from aem_jax.errors import ConfigError
 from aem_jax.gateway.conversations import Conversations, Endless
 from aem_jax.gateway.requests import SampledAs
-from aem_jax.gateway.server import Gateway
+from aem_jax.gateway.server import Gateway, bind
 from aem_jax.gateway.session import Limits
 from aem_jax.launch import frozen_weights
 from aem_jax.learner import abstract_state
@@ -133,7 +134,16 @@ def serve_policy(model: str | Path, config: EndpointConfig = EndpointConfig()) -
             "expected rollout.context tree and rollout.mode continuous, whose requests are answered as they come, got "
             f"{settings.context} and {settings.mode}"
         )
-    mesh = make_mesh(config.mesh)
+    address = bind(config.host, config.port)  # before the model is loaded and compiled
+    try:
+        return _served(model, config, address)
+    except BaseException:
+        address.close()
+        raise
+
+
+def _served(model: str | Path, config: EndpointConfig, address: socket.socket) -> ServedPolicy:
+    settings, mesh = config.rollout, make_mesh(config.mesh)
     policy, params, chat = _load(Path(model), str(model), config, mesh)
     sampler = Sampler(
         components.sampled_policy(config.sampling, policy),
@@ -150,7 +160,7 @@ def serve_policy(model: str | Path, config: EndpointConfig = EndpointConfig()) -
     rollout = Rollout(sampler, chat, conversations, settings)
     rollout.warm_up(params)
     sampled = SampledAs(config.sampling.temperature, config.sampling.top_p, config.lenient, "--lenient True")
-    gateway = Gateway(conversations, sampled, config.host, config.port)
+    gateway = Gateway(conversations, sampled, address)
     conversations.loop = gateway.loop
     root = jax.random.key(config.seed)
     attempts = Endless(lambda number: np.asarray(jax.random.key_data(jax.random.fold_in(root, number))))

@@ -1,5 +1,6 @@
 """The command `endpoint`: a model of files behind OpenAI's interface."""
 
+import socket
 import threading
 from pathlib import Path
 
@@ -86,6 +87,13 @@ def test_a_tokenizer_beyond_the_embedding_is_refused(tmp_path: Path):
     save_pretrained(tmp_path / "model", config, params, source=tmp_path / "tokenizer")
     with pytest.raises(ValueError, match=f"at least {chat.vocab_size} .the tokenizer's., got {chat.vocab_size - 1}; "):
         serve_policy(tmp_path / "model", EndpointConfig(port=0, dtype="float32", rollout=ROLLOUT))
+
+
+def test_a_port_that_is_taken_is_refused_before_the_model_is_loaded(tmp_path: Path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1 port {port}: Address already in use"):
+            serve_policy(tmp_path / "no model", EndpointConfig(port=port, rollout=ROLLOUT))
 
 
 def test_a_model_has_no_steps(tmp_path: Path):
