@@ -2,9 +2,10 @@
 
 cell, variant, seed, step   identify the checkpoint
 groups, episodes, success   of the rollouts that were played
-rules                       rule -> `gain` (e, return per unit of step size) and `ratio` (ρ = e / e of the base rule),
-                            each as value, low and high of a 95 % interval; `above`, how surely ρ > 1. In the file of
-                            when_aem these intervals are a bootstrap's, too wide where a gain is hardly resolved
+rules                       rule -> `gain` (e, return per unit of step size), `difference` (e − e of the base rule) and
+                            `ratio` (ρ = e / e of the base rule), each as value, low and high of a 95 % interval;
+                            `above`, how surely ρ > 1. The file of when_aem has no differences, and its intervals are a
+                            bootstrap's, too wide where a gain is hardly resolved
 responses                   entropies, and what α had to work with
 """
 
@@ -61,7 +62,10 @@ def line_of(folder: Path, run: Run, step: int) -> dict[str, Any]:
         "step": step,
         **{name: _short(results[name]) for name in ("groups", "episodes", "success", "seconds")},
         "rules": {
-            name: {"gain": three(rule["gain"]), "ratio": three(rule["ratio"]), "above": _short(rule["above"])}
+            name: {
+                **{key: three(rule[key]) for key in ("gain", "difference", "ratio")},
+                "above": _short(rule["above"]),
+            }
             for name, rule in results["rules"].items()
         },
         "responses": {name: _short(value) for name, value in results["responses"].items()},

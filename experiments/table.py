@@ -108,20 +108,24 @@ def _won(evaluation: Mapping[str, Any]) -> str:
 def efficiency_table(measurements: Sequence[Measurement], seed: int) -> str:
     """A row for each credit rule that was measured on runs of one seed: e and ρ, with intervals of the groups."""
     rows = [
-        [f"`{name}`", str(line["step"]), shown(_of_groups(rule["gain"]), percent=False), _ratio(line, name)]
+        [
+            f"`{name}`",
+            str(line["step"]),
+            _of_groups(rule["gain"]),
+            _of_groups(rule["difference"], signed=True) if name != BASE else "",
+            cells.with_bounds(ratio([line], name)) if name != BASE else "",
+        ]
         for line in measurements
         if line["seed"] == seed
         for name, rule in line["rules"].items()
     ]
-    return table(["credit rule", "step", "e, return per unit of step size", "ρ"], rows) if rows else "Not measured yet."
+    header = ["credit rule", "step", "e, return per unit of step size", "e − e of `base`", "ρ"]
+    return table(header, rows) if rows else "Not measured yet."
 
 
-def _of_groups(bounds: Sequence[float | None]) -> Interval:
-    return Interval(*(math.nan if bound is None else bound for bound in bounds), count=2)
-
-
-def _ratio(line: Measurement, rule: str) -> str:
-    return cells.with_bounds(ratio([line], rule)) if rule != BASE else "1"
+def _of_groups(bounds: Sequence[float | None], signed: bool = False) -> str:
+    value = Interval(*(math.nan if bound is None else bound for bound in bounds), count=2)
+    return shown(value, percent=False, signed=signed)
 
 
 def facts(grid: Grid, results: Sequence[Result]) -> str:

@@ -41,6 +41,7 @@ def measurement(run: Run, step: int, ratios: dict[str, float], gain: float = 1.0
     rules = {
         name: {
             "gain": [ratio * gain, gain / 2, 2 * gain],
+            "difference": [(ratio - 1) * gain, -gain, gain],
             "ratio": [ratio, ratio - 0.5, ratio + 0.5],
             "above": ratio / 2,
         }
@@ -188,7 +189,8 @@ def test_measurements_are_short_and_in_order(grid: Grid, tmp_path: Path):
     lines = efficiency.read_measurements(path)
     order = [(line["cell"], line["variant"], line["seed"], line["step"]) for line in lines]
     assert order == [(first.cell, "grpo", 0, 0), (first.cell, "grpo", 0, 60), (last.cell, "grpo", 4, 0)]
-    assert lines[0]["rules"]["aem"] == {"gain": [1.0, 0.8765, None], "ratio": [1.0, 0.8765, None], "above": 0.5}
+    three = [1.0, 0.8765, None]
+    assert lines[0]["rules"]["aem"] == {"gain": three, "difference": three, "ratio": three, "above": 0.5}
     assert efficiency.missing(grid, first, lines) == [30, 120]
     assert efficiency.missing(grid, grid.runs(tmp_path)[1], lines) == []  # AEM is not measured
     with pytest.raises(ValueError, match="expected the measurement of step 30 of short-unsure-free-grpo-seed0, got"):
@@ -199,11 +201,11 @@ def test_the_rules_of_one_seed_have_the_intervals_of_its_groups(grid: Grid):
     run = grid.runs(FOLDER_OF_RUNS)[0]
     lines = [measurement(run, 0, {"aem": 1.25}, gain=0.1), measurement(run, 30, {}) | {"seed": 1}]
     assert efficiency_table(lines, 0).splitlines()[2:] == [
-        "| `base` | 0 | 0.100 (0.050 to 0.200) | 1 |",
-        "| `aem` | 0 | 0.125 (0.050 to 0.200) | 1.25 (0.75 to 1.75) |",
+        "| `base` | 0 | 0.100 (0.050 to 0.200) |  |  |",
+        "| `aem` | 0 | 0.125 (0.050 to 0.200) | +0.025 (−0.100 to +0.100) | 1.25 (0.75 to 1.75) |",
     ]
     lines[0]["rules"]["base"]["gain"][1] = -0.01  # not resolved
-    assert efficiency_table(lines, 0).endswith("| `aem` | 0 | 0.125 (0.050 to 0.200) | – |")
+    assert efficiency_table(lines, 0).endswith("| `aem` | 0 | 0.125 (0.050 to 0.200) | +0.025 (−0.100 to +0.100) | – |")
     assert efficiency_table(lines, 2) == "Not measured yet."
 
 
