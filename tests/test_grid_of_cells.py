@@ -60,7 +60,7 @@ def measurement(run: Run, step: int, ratios: dict[str, float], gain: float = 1.0
 def saved(grid: Grid) -> tuple[list[dict], list[dict]]:
     """Made-up numbers: in cell i AEM gains i points and has ρ = 1 + i/10; reversed α does the opposite."""
     index = {cell.name: number for number, cell in enumerate(grid.cells)}
-    extra = {"grpo": 0, "grpo-aem": 1, "reversed": -1, "sign": 0, "larger": -0.5}
+    extra = {"grpo": 0, "grpo-aem": 1, "reversed": -1, "sign": 0, "larger": -0.5, "aem-larger": 0.5}
     results = [result(run, 20, 0.2) for run in grid.starts(FOLDER_OF_RUNS)]
     measurements = []
     for run in grid.runs(FOLDER_OF_RUNS):
@@ -75,10 +75,12 @@ def saved(grid: Grid) -> tuple[list[dict], list[dict]]:
 
 def test_the_grid_has_160_runs_in_pairs(grid: Grid):
     starts, every = grid.starts(FOLDER_OF_RUNS), grid.runs(FOLDER_OF_RUNS)
-    runs = [run for run in every if run.variant != "larger"]
-    (larger,) = [variant for variant in grid.variants if variant.cells]
-    assert {run.cell for run in every if run not in runs} == set(larger.cells)
-    assert len(every) - len(runs) == len(larger.cells) * len(larger.seeds)
+    other_sizes = [variant for variant in grid.variants if variant.cells]
+    runs = [run for run in every if run.variant not in {variant.name for variant in other_sizes}]
+    for variant in other_sizes:
+        own = [run for run in every if run.variant == variant.name]
+        assert {run.cell for run in own} == set(variant.cells) and len(own) == len(variant.cells) * len(variant.seeds)
+    assert len(every) - len(runs) == sum(len(variant.cells) * len(variant.seeds) for variant in other_sizes) == 24
     assert len(runs) == 8 * 4 * 5 and len(starts) == 4 * 5
     assert len({run.name for run in (*starts, *runs)}) == 180
     assert Counter(run.start for run in runs) == {run.name: 8 for run in starts}  # two rewards, four variants
@@ -379,7 +381,7 @@ def test_combined_intervals_are_welchs():
 def test_the_page_follows_from_the_numbers(grid: Grid, tmp_path: Path):
     results, measurements = saved(grid)
     page = render([Content(grid, results, (), measurements)])
-    assert "172 of 172 runs" in page and "Incomplete" not in page
+    assert "184 of 184 runs" in page and "Incomplete" not in page
     assert (
         "| long | wrong | penalised | 5 | 32.0 % (30.0 to 34.0) | +7.0 (+7.0 to +7.0) | −7.0 (−7.0 to −7.0) | 0.0"
         in page
@@ -418,8 +420,8 @@ def test_a_partial_page_says_what_is_missing(grid: Grid, tmp_path: Path):
     part = [line for line in results if line["seed"] == 0 and line["cell"].startswith("short")]
     own = [line for line in measurements if line["seed"] == 0 and line["cell"].startswith("short")][:-1]
     page = render([Content(grid, part, (), own)])
-    assert "**Incomplete**: 156 of 172 runs and 145 of 160 measurements are missing" in page
+    assert "**Incomplete**: 168 of 184 runs and 145 of 160 measurements are missing" in page
     assert "| short | unsure | free | 1 |" in page and "| long | unsure |" not in page
     empty = render([Content(grid, part[:1])])
-    assert "172 of 172 runs and 160 of 160 measurements are missing" in empty and "0 of 172 runs." in empty
+    assert "184 of 184 runs and 160 of 160 measurements are missing" in empty and "0 of 184 runs." in empty
     assert draw_relation([], tmp_path / "none.png") is None
