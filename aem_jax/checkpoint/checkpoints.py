@@ -138,8 +138,9 @@ class Checkpoints:
         """
         if choice == "latest":
             return None
-        steps = self.steps
-        found = self._processes.broadcast(self._best(steps) if choice == "best" else choice)
+        # Those of one process: a run that still writes changes them, and all must read the same one.
+        steps, best = self._processes.broadcast((self.steps, self.best if choice == "best" else None))
+        found = best if choice == "best" else choice
         if found in steps:
             return found
         wanted = (

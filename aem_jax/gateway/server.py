@@ -8,7 +8,7 @@ import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
 from concurrent.futures import Future
 from contextlib import aclosing
-from typing import Any, Protocol, TypeGuard, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeGuard, TypeVar
 
 import uvicorn
 from starlette.applications import Starlette
@@ -49,7 +49,14 @@ class Backend(Protocol):
         ...
 
 
-def bind(host: str = "127.0.0.1", port: int = 0) -> socket.socket:
+class Address(NamedTuple):
+    """A reserved address: the host as it was given, and the bound socket."""
+
+    host: str
+    bound: socket.socket
+
+
+def bind(host: str = "127.0.0.1", port: int = 0) -> Address:
     """Reserves an address. Clients are refused until a `Gateway` listens on it.
 
     Args:
@@ -66,7 +73,7 @@ def bind(host: str = "127.0.0.1", port: int = 0) -> socket.socket:
     except OSError as error:
         reserved.close()
         raise OSError(error.errno, f"cannot listen on {host} port {port}: {error.strerror or error}") from error
-    return reserved
+    return Address(host, reserved)
 
 
 class Gateway:
@@ -78,14 +85,13 @@ class Gateway:
         address: from `bind`; by default any free port of this host.
     """
 
-    def __init__(self, backend: Backend, sampled: SampledAs, address: socket.socket | None = None) -> None:
+    def __init__(self, backend: Backend, sampled: SampledAs, address: Address | None = None) -> None:
         self._backend, self._sampled = backend, sampled
         self._numbers = itertools.count()  # of responses: clients tell them apart by their ids
-        self._socket = address or bind()
+        host, self._socket = address or bind()
         self._socket.listen(1024)
-        host, port, *_ = self._socket.getsockname()
         shown = f"[{host}]" if ":" in host else host
-        self.url: str = f"http://{shown}:{port}/v1"
+        self.url: str = f"http://{shown}:{self._socket.getsockname()[1]}/v1"
         """Base URL of the API."""
         routes = [
             Route("/v1/chat/completions", self._complete, methods=["POST"]),

@@ -2,7 +2,6 @@
 
 import logging
 import signal
-import socket
 import threading
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from aem_jax.distributed.config import RuntimeConfig
 from aem_jax.errors import ConfigError
 from aem_jax.gateway.conversations import Conversations, Endless
 from aem_jax.gateway.requests import SampledAs
-from aem_jax.gateway.server import Gateway, bind
+from aem_jax.gateway.server import Address, Gateway, bind
 from aem_jax.gateway.session import Limits
 from aem_jax.launch import frozen_weights
 from aem_jax.learner import abstract_state
@@ -138,11 +137,11 @@ def serve_policy(model: str | Path, config: EndpointConfig = EndpointConfig()) -
     try:
         return _served(model, config, address)
     except BaseException:
-        address.close()
+        address.bound.close()
         raise
 
 
-def _served(model: str | Path, config: EndpointConfig, address: socket.socket) -> ServedPolicy:
+def _served(model: str | Path, config: EndpointConfig, address: Address) -> ServedPolicy:
     settings, mesh = config.rollout, make_mesh(config.mesh)
     policy, params, chat = _load(Path(model), str(model), config, mesh)
     sampler = Sampler(

@@ -16,7 +16,7 @@ from array import array
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from aem_jax.files import read_text, valid_text
 from aem_jax.gguf_file import is_gguf
@@ -26,7 +26,7 @@ from aem_jax.tokenizer.gguf import gguf_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 log = logging.getLogger(__name__)
 
@@ -424,7 +424,7 @@ def _joined_users(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, An
 
 def _backend(tokenizer: "PreTrainedTokenizerBase") -> "Tokenizer":
     """The tokenizer of the package tokenizers inside; the base class does not declare it."""
-    return tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    return cast("PreTrainedTokenizerFast", tokenizer).backend_tokenizer
 
 
 _RAISED = ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")

@@ -10,7 +10,7 @@ import pytest
 
 from aem_jax.gateway.conversations import Conversations, Endless
 from aem_jax.gateway.requests import SampledAs
-from aem_jax.gateway.server import Gateway
+from aem_jax.gateway.server import Gateway, bind
 from aem_jax.gateway.session import Limits
 from aem_jax.rollout import Rollout
 from aem_jax.sampler import Sampler, SamplingConfig
@@ -32,7 +32,8 @@ def greedy():
 def endpoint(sampler, params, slots: int, key: str = KEY):
     conversations = Conversations(RequestChat(), LIMITS, slots, key)
     rollout = Rollout(sampler, RequestChat(), conversations, replace(TREE, num_slots=slots, group_size=1))
-    gateway = Gateway(conversations, SampledAs(temperature=0.0))
+    gateway = Gateway(conversations, SampledAs(temperature=0.0), bind("localhost"))
+    assert gateway.url.startswith("http://localhost:")  # as it was given: agents' NO_PROXY names it, too
     conversations.loop = gateway.loop
     attempts = Endless(lambda number: np.asarray(jax.random.key_data(jax.random.key(number))))
     thread = threading.Thread(target=rollout.serve, args=(params, attempts, lambda: conversations.is_closed))
